@@ -1,0 +1,121 @@
+"""Configuration of a model's shape and of the engine. Free of torch, so that the front end can read it.
+
+Field names are those of Hugging Face configurations; what one ``config.json`` spells in several ways is normalised by
+``engine.loading.hf_config`` and, from GGUF metadata, by ``engine.loading.gguf_config``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any, Literal
+
+LayerType = Literal["full_attention", "sliding_attention", "linear_attention"]
+Device = str  # "auto", "cpu", "cuda", "cuda:N"
+DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RopeConfig:
+    """Rotary position embedding.
+
+    Attributes:
+        theta: base of the frequencies.
+        rope_type: "default", "linear", "dynamic", "llama3", "yarn" or "longrope", as Hugging Face names them.
+        partial_rotary_factor: fraction of head_dim that rotates.
+        parameters: the further keys of ``rope_parameters`` / ``rope_scaling`` (factor, low_freq_factor …).
+    """
+
+    theta: float = 10000.0
+    rope_type: str = "default"
+    partial_rotary_factor: float = 1.0
+    parameters: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelConfig:
+    """The shape of one model.
+
+    Attributes:
+        model_type: Hugging Face ``model_type``; names the file in engine/models.
+        task: "generate" (causal language model) or "embed" (encoder).
+        layer_types: one per layer.
+        rope: per layer type; Gemma 3 has one for full and one for sliding layers.
+        qk_norm: RMSNorm over head_dim on q and k.
+        query_scale: multiplies q·k; head_dim ** -0.5 unless the family says otherwise.
+        attn_logit_softcapping, final_logit_softcapping: tanh caps; None: none.
+        sliding_window: tokens a sliding layer sees, itself included; None if there is no such layer.
+        embedding_multiplier: multiplies token embeddings (Gemma: sqrt(hidden_size)).
+        eos_token_ids: any of them ends a completion.
+        quantization_config: ``quantization_config`` of config.json as read, or None.
+        raw: the whole of config.json, or what GGUF metadata gave in its place.
+    """
+
+    model_type: str
+    task: Literal["generate", "embed"] = "generate"
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    max_position_embeddings: int
+    norm_eps: float
+    hidden_act: str = "silu"
+    layer_types: tuple[LayerType, ...] = ()
+    rope: Mapping[str, RopeConfig] = field(
+        default_factory=lambda: MappingProxyType({"full_attention": RopeConfig()})
+    )
+    attention_bias: bool = False
+    attention_out_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    query_scale: float = 1.0
+    attn_logit_softcapping: float | None = None
+    final_logit_softcapping: float | None = None
+    sliding_window: int | None = None
+    embedding_multiplier: float = 1.0
+    tie_word_embeddings: bool = False
+    bos_token_id: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
+    pad_token_id: int | None = None
+    quantization_config: Mapping[str, Any] | None = None
+    raw: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """How one engine runs.
+
+    Attributes:
+        device: "auto" takes the first CUDA device, or else the CPU.
+        dtype: compute type; "auto" is float32 on the CPU and bfloat16 on CUDA. "float32" is exact: no fast path that
+            computes in a narrower type.
+        num_threads: of torch on the CPU; 0: as many as cores.
+        max_batch_tokens: tokens one step may process; the budget of the scheduler.
+        max_running_requests: completions that decode together.
+        max_waiting_requests: completions that may queue; beyond it add_request raises OverloadedError.
+        max_model_len: longest context to serve; None: the model's own.
+        kv_cache_bytes: of attention cache per model; None: planned from free memory.
+        block_size: tokens of one attention cache block.
+        enable_prefix_caching: share blocks among equal prefixes.
+        job_slice_seconds: target duration of a slice of a job while requests are running.
+        job_share: fraction of the loop's time that jobs may take while requests are running, (0, 1].
+        state_dir: adapters, checkpoints and quantized models live below it.
+    """
+
+    device: Device = "auto"
+    dtype: DTypeName = "auto"
+    num_threads: int = 0
+    max_batch_tokens: int = 2048
+    max_running_requests: int = 128
+    max_waiting_requests: int = 1024
+    max_model_len: int | None = None
+    kv_cache_bytes: int | None = None
+    block_size: int = 16
+    enable_prefix_caching: bool = True
+    job_slice_seconds: float = 0.05
+    job_share: float = 0.5
+    state_dir: str = ""

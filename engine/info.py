@@ -1,0 +1,111 @@
+"""What the engine tells about itself: loaded models, adapters, statistics. Free of torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(slots=True, kw_only=True)
+class ModelInfo:
+    """A loaded model.
+
+    Attributes:
+        task: "generate" or "embed".
+        dtype: compute type.
+        quantization: scheme name of the linear weights ("none", "q8", "q4", …).
+        weights_bytes: resident bytes of weights.
+        max_model_len: longest context that is served, tokens.
+        num_blocks, block_size: of the attention cache; 0 where there is none.
+        linear_modules: last name components that LoRA may target.
+        weights_digest: identifies the base weights, for adapter lineage.
+        tokenizer_path: directory or .gguf file that holds tokenizer and chat template.
+        embedding_dimensions: width of embeddings from this model.
+    """
+
+    name: str
+    path: str
+    model_type: str
+    task: str
+    dtype: str
+    quantization: str
+    num_parameters: int
+    weights_bytes: int
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    max_model_len: int
+    num_blocks: int
+    block_size: int
+    kv_cache_bytes: int
+    linear_modules: list[str]
+    weights_digest: str
+    tokenizer_path: str
+    embedding_dimensions: int
+    device: str
+    load_seconds: float = 0.0
+
+
+@dataclass(slots=True, kw_only=True)
+class AdapterInfo:
+    """One version of an adapter.
+
+    Attributes:
+        version: from 1, ascending; 0 for an adapter that was loaded from a directory and never stored.
+        live: new requests that name no version get this one.
+        loaded: resident in memory.
+        path: PEFT directory of this version.
+        created_at: seconds since the epoch; None if not known.
+        run_id: of the training run that made it, or "".
+        base_digest: weights_digest of the model it was trained on, or "" if not known.
+    """
+
+    model: str
+    name: str
+    version: int
+    live: bool
+    loaded: bool
+    rank: int
+    alpha: float
+    use_rslora: bool
+    target_modules: list[str]
+    num_parameters: int
+    path: str
+    created_at: float | None = None
+    run_id: str = ""
+    base_digest: str = ""
+    best_nll: float | None = None
+
+
+@dataclass(slots=True, kw_only=True)
+class ModelStats:
+    """Gauges and cumulative counters of one model, and observations since the last call.
+
+    Attributes:
+        observations: histogram name (without prefix, e.g. "time_to_first_token_seconds") to new values.
+    """
+
+    model: str
+    requests_waiting: int = 0
+    requests_running: int = 0
+    kv_cache_usage_ratio: float = 0.0
+    state_slots_used: int = 0
+    prefix_cache_queries_tokens: int = 0
+    prefix_cache_hits_tokens: int = 0
+    preemptions: int = 0
+    draft_tokens: int = 0
+    accepted_tokens: int = 0
+    adapters_running: list[str] = field(default_factory=list)
+    adapters_waiting: list[str] = field(default_factory=list)
+    observations: dict[str, list[float]] = field(default_factory=dict)
+
+
+@dataclass(slots=True, kw_only=True)
+class EngineStats:
+    """Attributes: job_share: job kind to the fraction of the loop's time it took since the last call;
+    job_slice_seconds: job kind to durations of slices since the last call."""
+
+    models: list[ModelStats] = field(default_factory=list)
+    job_share: dict[str, float] = field(default_factory=dict)
+    job_slice_seconds: dict[str, list[float]] = field(default_factory=dict)
+    memory: dict[str, Any] = field(default_factory=dict)
