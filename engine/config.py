@@ -65,9 +65,7 @@ class ModelConfig:
     norm_eps: float
     hidden_act: str = "silu"
     layer_types: tuple[LayerType, ...] = ()
-    rope: Mapping[str, RopeConfig] = field(
-        default_factory=lambda: MappingProxyType({"full_attention": RopeConfig()})
-    )
+    rope: Mapping[str, RopeConfig] = field(default_factory=lambda: MappingProxyType({"full_attention": RopeConfig()}))
     attention_bias: bool = False
     attention_out_bias: bool = False
     mlp_bias: bool = False

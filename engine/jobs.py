@@ -50,7 +50,7 @@ class TrainParams:
 
     Attributes:
         batch_size: sequences in one optimizer step's batch (split over gradient_accumulation_steps micro-batches).
-        max_seq_len: longer examples are truncated from the left of the prompt, or rejected where nothing to learn is left.
+        max_seq_len: longer examples lose the left of their prompt, or are rejected where nothing to learn is left.
         packing: lay examples end to end without padding; attention never crosses from one to another.
         compute_dtype: of the forward and backward; masters and optimizer state are float32.
         eval_every: steps between evaluations on the held-out examples; 0: only at start and end.
@@ -89,7 +89,7 @@ class TrainParams:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainSpec:
-    """A LoRA run. The examples lie tokenised in ``dataset_path`` (engine.training.data.write_dataset), never on the wire.
+    """A LoRA run. The examples lie tokenised in ``dataset_path`` (engine.training.data), never on the wire.
 
     Attributes:
         job_id: also the run id.
@@ -193,7 +193,7 @@ class JobWarning:
 
 @dataclass(slots=True, kw_only=True)
 class TrainFinished:
-    """Attributes: stop_reason: "max_steps", "epochs", "early_stopping" or "cancelled"; nlls: None without held-out examples."""
+    """Attributes: stop_reason: "max_steps", "epochs" or "early_stopping"; nlls: None without held-out examples."""
 
     job_id: str
     step: int
@@ -323,7 +323,7 @@ class PerplexityFinished:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EmbedSpec:
-    """Attributes: pooling: None takes the model's own; dimensions: Matryoshka truncation, applied before normalising."""
+    """Attributes: pooling: None: the model's own; dimensions: Matryoshka truncation, applied before normalising."""
 
     job_id: str
     model: str

@@ -177,7 +177,7 @@ class RequestOutput:
     Attributes:
         request_id: of the Request.
         index: which of the n completions.
-        token_ids: new completion tokens of this step; a stop token is included here (the server keeps it out of the text).
+        token_ids: new completion tokens of this step, a stop token included (the server keeps it out of the text).
         logprobs: one per entry of token_ids, if asked for.
         prompt_logprobs: once, with the first output, if asked for; the first prompt token has None.
         finish_reason: None while it goes on.

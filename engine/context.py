@@ -1,0 +1,108 @@
+"""The tensors of one forward, passed explicitly.
+
+Shapes: T tokens of all sequences laid end to end, S sequences, B blocks of the cache, P block size, H heads.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+
+class LoRADelta(Protocol):
+    """What a Linear asks of the adapters of a batch (engine.lora.adapter.LoRABatch)."""
+
+    def add(self, name: str, x: Tensor, y: Tensor) -> Tensor:
+        """y plus the low-rank update of module ``name`` for input x; both [T, ·]."""
+        ...
+
+
+@dataclass(slots=True)
+class PagedCache:
+    """Keys and values of all attention layers in blocks.
+
+    Attributes:
+        keys, values: one tensor per attention layer, each [B, P, H_kv, head_dim]; written in place.
+        block_size: P.
+    """
+
+    keys: list[Tensor]
+    values: list[Tensor]
+    block_size: int
+
+
+@dataclass(slots=True)
+class ForwardContext:
+    """One packed batch.
+
+    Without ``cache`` each sequence attends to itself alone (training, scoring, embedding). With ``cache`` the new keys
+    and values are stored at ``slot_mapping`` and each sequence attends to all ``kv_lens[s]`` of its tokens.
+
+    Attributes:
+        positions: [T] int64, position of each token in its sequence.
+        cu_seqlens: [S + 1] int32, where sequences begin in the packed tokens; last is T.
+        seq_starts: cu_seqlens on the host.
+        kv_lens: per sequence, tokens visible to its last token.
+        cache: None: no cache is read or written.
+        block_tables: [S, max blocks] int32, the blocks of each sequence in order; padded with 0.
+        slot_mapping: [T] int64, block * P + offset of each token.
+        lora: adapters of the batch, or None.
+        causal: False for encoders.
+    """
+
+    positions: Tensor
+    cu_seqlens: Tensor
+    seq_starts: Sequence[int]
+    kv_lens: Sequence[int]
+    cache: PagedCache | None = None
+    block_tables: Tensor | None = None
+    slot_mapping: Tensor | None = None
+    lora: LoRADelta | None = None
+    causal: bool = True
+    # Index tensors and masks that every attention layer of one forward needs; made by the first that does.
+    scratch: dict[Any, Any] | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.seq_starts[-1])
+
+    @property
+    def num_sequences(self) -> int:
+        return len(self.seq_starts) - 1
+
+    def seq_lens(self) -> list[int]:
+        """New tokens per sequence."""
+        return [b - a for a, b in zip(self.seq_starts, self.seq_starts[1:], strict=False)]
+
+
+def packed_context(
+    lengths: Sequence[int],
+    *,
+    device: torch.device | str = "cpu",
+    lora: LoRADelta | None = None,
+    causal: bool = True,
+) -> ForwardContext:
+    """Context of whole sequences without a cache: training, perplexity, embedding.
+
+    Args:
+        lengths: tokens of each sequence, each at least 1.
+    """
+    starts = [0]
+    for length in lengths:
+        starts.append(starts[-1] + length)
+    positions = torch.cat([torch.arange(length, dtype=torch.int64) for length in lengths])
+    return ForwardContext(
+        positions=positions.to(device),
+        cu_seqlens=torch.tensor(starts, dtype=torch.int32, device=device),
+        seq_starts=starts,
+        kv_lens=list(lengths),
+        lora=lora,
+        causal=causal,
+        scratch={},
+    )

@@ -1,0 +1,52 @@
+"""A model in memory and what belongs to it; handed to requests and jobs alike, so that all share one copy of W."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from engine.config import EngineConfig, ModelConfig
+from engine.info import ModelInfo
+from engine.models.base import CausalLM, Model
+
+if TYPE_CHECKING:
+    from engine.core.runner import Runner
+    from engine.lora.store import AdapterStore
+
+
+@dataclass(slots=True)
+class LoadedModel:
+    """One resident model.
+
+    Attributes:
+        model: eval mode, parameters without gradients.
+        adapters: versions of this model's adapters, in memory and on disk.
+        runner: cache and scheduler of generation; None for encoders.
+    """
+
+    info: ModelInfo
+    config: ModelConfig
+    engine_config: EngineConfig
+    model: Model
+    device: torch.device
+    dtype: torch.dtype
+    adapters: AdapterStore
+    runner: Runner | None = None
+
+    def causal_lm(self) -> CausalLM:
+        """The model as a CausalLM.
+
+        Raises:
+            FailedPreconditionError: it is an encoder.
+        """
+        from engine.errors import FailedPreconditionError
+
+        if not isinstance(self.model, CausalLM):
+            raise FailedPreconditionError(
+                f"model {self.info.name!r} is an encoder ({self.info.model_type}); this needs a generative model",
+                field="model",
+                reason="NOT_GENERATIVE",
+            )
+        return self.model

@@ -1,0 +1,85 @@
+"""Adapters in memory, and the adapters of one batch.
+
+Shapes: r rank, I in_features, O out_features, T tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(slots=True)
+class Adapter:
+    """Low-rank updates of some linear modules (arXiv:2106.09685). In training, A and B are the float32 masters.
+
+    Attributes:
+        modules: full module name ("model.layers.0.self_attn.q_proj") to (A [r, I], B [O, r]).
+        alpha: read from the adapter's own configuration; never assumed equal to the rank.
+        use_rslora: scale by alpha / sqrt(r) (arXiv:2312.03732) in place of alpha / r.
+        dropout: probability on the input of A; only a trainer sets it.
+    """
+
+    name: str
+    version: int
+    rank: int
+    alpha: float
+    use_rslora: bool = False
+    modules: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    dropout: float = 0.0
+
+    @property
+    def scaling(self) -> float:
+        return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
+
+    def num_parameters(self) -> int:
+        return sum(a.numel() + b.numel() for a, b in self.modules.values())
+
+    def delta(self, name: str, x: Tensor, generator: torch.Generator | None = None) -> Tensor | None:
+        """scaling * B A x for x [T, I]: [T, O], in the type of x; None where this module has no update."""
+        pair = self.modules.get(name)
+        if pair is None:
+            return None
+        a, b = pair
+        if self.dropout > 0.0:
+            keep = torch.empty_like(x).bernoulli_(1.0 - self.dropout, generator=generator)
+            x = x * keep / (1.0 - self.dropout)
+        return F.linear(F.linear(x, a.to(x.dtype)), b.to(x.dtype)) * self.scaling
+
+
+class LoRABatch:
+    """The adapters of one packed batch; sequences of the base have none.
+
+    Args:
+        segments: (adapter, first token, one past the last token), in ascending order without overlap.
+        num_tokens: T of the batch.
+        generator: for dropout in training.
+    """
+
+    def __init__(
+        self,
+        segments: Sequence[tuple[Adapter, int, int]],
+        num_tokens: int,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        self._segments = segments
+        self._generator = generator
+        self._whole = len(segments) == 1 and segments[0][1:] == (0, num_tokens)
+
+    def add(self, name: str, x: Tensor, y: Tensor) -> Tensor:
+        """y [T, O] plus each segment's update for x [T, I]. Out of place where gradients are on."""
+        if self._whole:
+            delta = self._segments[0][0].delta(name, x, self._generator)
+            return y if delta is None else y + delta
+        if torch.is_grad_enabled():
+            y = y.clone()
+        for adapter, start, end in self._segments:
+            delta = adapter.delta(name, x[start:end], self._generator)
+            if delta is not None:
+                y[start:end] += delta
+        return y

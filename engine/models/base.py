@@ -1,0 +1,68 @@
+"""What a model is to the rest of the engine.
+
+A model file registers a class per Hugging Face ``model_type``. Its parameters carry their Hugging Face names, so the
+loader copies names without a map.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor, nn
+
+from engine.config import ModelConfig
+from engine.context import ForwardContext
+from engine.layers.linear import Linear
+from engine.quantization.base import SchemeMap
+from engine.registry import Registry
+
+
+class Model(nn.Module, ABC):
+    """A model over packed tokens. Shapes: T tokens, N chosen positions, D hidden size, V vocabulary."""
+
+    config: ModelConfig
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+
+    @abstractmethod
+    def forward(self, token_ids: Tensor, ctx: ForwardContext) -> Tensor:
+        """token_ids [T] int64: final hidden states [T, D], after the last norm."""
+
+    def linears(self) -> dict[str, Linear]:
+        """Full module name to every Linear that adapters may target, in order of depth."""
+        return {m.name: m for m in self.modules() if isinstance(m, Linear) and m.lora}
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """Type of activations."""
+        return next(p.dtype for p in self.parameters() if p.is_floating_point() and p.dim() == 1)
+
+
+class CausalLM(Model):
+    """A model that predicts the next token."""
+
+    @abstractmethod
+    def compute_logits(self, hidden: Tensor) -> Tensor:
+        """hidden [N, D]: logits [N, V] float32, soft cap applied."""
+
+    @property
+    @abstractmethod
+    def num_attention_layers(self) -> int:
+        """Layers that need an attention cache."""
+
+
+models: Registry[type[Model]] = Registry("model type", "engine.models")
+
+
+def build_model(config: ModelConfig, schemes: SchemeMap, dtype: torch.dtype) -> Model:
+    """The model of config.model_type with empty parameters on the meta device.
+
+    Raises:
+        InvalidArgumentError: the model type is not supported.
+    """
+    cls = models.get(config.model_type)
+    with torch.device("meta"):
+        return cls(config, schemes, dtype)  # type: ignore[call-arg]

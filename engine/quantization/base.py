@@ -1,0 +1,108 @@
+"""How a linear weight is stored and multiplied.
+
+A scheme is stateless; the tensors live on the module as parameters under the names that checkpoints use, so that one
+loader serves all schemes. Every scheme gives the gradient of its input, so LoRA trains over any of them.
+"""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from engine.registry import Registry
+
+
+class LinearScheme(ABC):
+    """One way to store W [out_features, in_features]."""
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    def create_parameters(self, module: nn.Module, in_features: int, out_features: int, dtype: torch.dtype) -> None:
+        """Registers the stored tensors on ``module`` (called under the meta device), without gradients."""
+
+    @abstractmethod
+    def apply(self, module: nn.Module, x: Tensor) -> Tensor:
+        """x [..., in_features] times W transposed: [..., out_features]; differentiable with respect to x."""
+
+    @abstractmethod
+    def dequantize(self, module: nn.Module, dtype: torch.dtype = torch.float32) -> Tensor:
+        """W [out_features, in_features]."""
+
+    def embed(self, module: nn.Module, ids: Tensor) -> Tensor:
+        """Rows of W for ids [T]: [T, in_features]. Schemes with cheap row access override this."""
+        return self.dequantize(module)[ids]
+
+    def after_loading(self, module: nn.Module) -> None:  # noqa: B027 - most schemes need nothing here
+        """Repacks for fast kernels, once the tensors hold their values."""
+
+
+class Unquantized(LinearScheme):
+    """W as it is, in the compute type."""
+
+    name = "none"
+
+    def create_parameters(self, module: nn.Module, in_features: int, out_features: int, dtype: torch.dtype) -> None:
+        weight = torch.empty(out_features, in_features, dtype=dtype)
+        module.register_parameter("weight", nn.Parameter(weight, requires_grad=False))
+
+    def apply(self, module: nn.Module, x: Tensor) -> Tensor:
+        return F.linear(x, module.weight)  # type: ignore[arg-type]
+
+    def dequantize(self, module: nn.Module, dtype: torch.dtype = torch.float32) -> Tensor:
+        return module.get_parameter("weight").to(dtype)
+
+    def embed(self, module: nn.Module, ids: Tensor) -> Tensor:
+        return F.embedding(ids, module.weight)  # type: ignore[arg-type]
+
+
+UNQUANTIZED = Unquantized()
+
+QuantMethod = type["SchemeMap"]
+quant_methods: Registry[QuantMethod] = Registry("quantization method", "engine.quantization")
+"""``quant_method`` of a config.json to the SchemeMap that reads it."""
+
+
+class SchemeMap:
+    """Which scheme each linear module of a model has. This base: none is quantized.
+
+    Args:
+        quantization_config: of config.json, or None.
+    """
+
+    name = "none"
+
+    def __init__(self, quantization_config: Mapping[str, Any] | None = None) -> None:
+        self.quantization_config = quantization_config
+
+    def for_module(self, name: str) -> LinearScheme:
+        """Scheme of the module with that full name ("model.layers.0.self_attn.q_proj")."""
+        return UNQUANTIZED
+
+
+def scheme_map(quantization_config: Mapping[str, Any] | None) -> SchemeMap:
+    """The SchemeMap for a config.json's ``quantization_config``.
+
+    Raises:
+        InvalidArgumentError: the quant_method is not supported.
+    """
+    if not quantization_config:
+        return SchemeMap()
+    return quant_methods.get(str(quantization_config.get("quant_method")))(quantization_config)
+
+
+def matches(name: str, patterns: list[str]) -> bool:
+    """Whether a module name matches any of compressed-tensors' patterns: exact, last component, or ``re:`` regex."""
+    for pattern in patterns:
+        if pattern.startswith("re:"):
+            if re.match(pattern[3:], name):
+                return True
+        elif name == pattern or name.rsplit(".", 1)[-1] == pattern:
+            return True
+    return False
