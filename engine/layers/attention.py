@@ -1,0 +1,71 @@
+"""Grouped-query self-attention with rotary positions (arXiv:2305.13245), as the decoder families share it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from engine.config import ModelConfig
+from engine.context import ForwardContext
+from engine.layers.linear import Linear
+from engine.layers.norm import RMSNorm
+from engine.layers.rope import apply_rope
+from engine.ops.attention import attention
+from engine.quantization.base import SchemeMap
+
+
+class Attention(nn.Module):
+    """q, k, v projections, optional norms of q and k per head, rotation, attention, output projection.
+
+    Args:
+        name: full module name, prefix of the projections' names.
+        layer_index: index in the attention cache.
+        window: tokens a query sees, itself included; None: all.
+        shifted_norms: q_norm and k_norm multiply by 1 + weight.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        name: str,
+        layer_index: int,
+        schemes: SchemeMap,
+        dtype: torch.dtype,
+        *,
+        window: int | None = None,
+        shifted_norms: bool = False,
+    ) -> None:
+        super().__init__()
+
+        def linear(suffix: str, in_features: int, out_features: int, bias: bool) -> Linear:
+            full = f"{name}.{suffix}"
+            return Linear(in_features, out_features, name=full, bias=bias, scheme=schemes.for_module(full), dtype=dtype)
+
+        q_size = config.num_attention_heads * config.head_dim
+        kv_size = config.num_key_value_heads * config.head_dim
+        self.q_proj = linear("q_proj", config.hidden_size, q_size, config.attention_bias)
+        self.k_proj = linear("k_proj", config.hidden_size, kv_size, config.attention_bias)
+        self.v_proj = linear("v_proj", config.hidden_size, kv_size, config.attention_bias)
+        self.o_proj = linear("o_proj", q_size, config.hidden_size, config.attention_out_bias)
+        self.q_norm: RMSNorm | None = None
+        self.k_norm: RMSNorm | None = None
+        if config.qk_norm:
+            self.q_norm = RMSNorm(config.head_dim, config.norm_eps, shifted=shifted_norms, dtype=dtype)
+            self.k_norm = RMSNorm(config.head_dim, config.norm_eps, shifted=shifted_norms, dtype=dtype)
+        self.head_dim = config.head_dim
+        self.layer_index = layer_index
+        self.scale = config.query_scale
+        self.window = window
+        self.softcap = config.attn_logit_softcapping
+
+    def forward(self, x: Tensor, ctx: ForwardContext, cos: Tensor, sin: Tensor) -> Tensor:
+        """x [T, D] and the rotation's cos and sin [T, R]: [T, D]."""
+        num_tokens = x.shape[0]
+        q = self.q_proj(x, ctx).view(num_tokens, -1, self.head_dim)
+        k = self.k_proj(x, ctx).view(num_tokens, -1, self.head_dim)
+        v = self.v_proj(x, ctx).view(num_tokens, -1, self.head_dim)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
+        out = attention(q, k, v, ctx, self.layer_index, scale=self.scale, window=self.window, softcap=self.softcap)
+        return self.o_proj(out.reshape(num_tokens, -1), ctx)  # type: ignore[no-any-return]

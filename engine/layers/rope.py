@@ -1,0 +1,174 @@
+"""Rotary position embedding (arXiv:2104.09864), stride-half pairing, with the scaling variants of Hugging Face configs.
+
+Shapes: T tokens, S sequences, H heads, R rotated dimensions (head_dim * partial_rotary_factor).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from engine.config import RopeConfig
+from engine.context import ForwardContext
+from engine.errors import FormatError
+
+
+class RotaryEmbedding:
+    """cos and sin of every token's position; made once per forward, applied in every layer.
+
+    Args:
+        max_position_embeddings: of the model, for the variants that depend on it.
+    Raises:
+        FormatError: an unknown rope_type, or one whose parameters are missing.
+    """
+
+    def __init__(self, config: RopeConfig, head_dim: int, max_position_embeddings: int) -> None:
+        self.rotary_dim = int(head_dim * config.partial_rotary_factor)
+        self._config = config
+        self._original_length = int(
+            config.parameters.get("original_max_position_embeddings") or max_position_embeddings
+        )
+        self._max_length = max_position_embeddings
+        self._inv_freq, self.attention_factor = self._frequencies()
+        self._long_inv_freq = self._long_frequencies()
+
+    def cos_sin(self, ctx: ForwardContext) -> tuple[Tensor, Tensor]:
+        """cos and sin, each [T, R] float32, for ctx.positions."""
+        device = ctx.positions.device
+        if self._inv_freq.device != device:
+            self._inv_freq = self._inv_freq.to(device)
+        inv_freq = self._inv_freq[None]
+        if self._depends_on_length and max(ctx.kv_lens) > self._original_length:
+            rows = torch.stack([self._for_length(length).to(device) for length in ctx.kv_lens])
+            lengths = torch.tensor(ctx.seq_lens(), device=device)
+            inv_freq = rows.repeat_interleave(lengths, dim=0)
+        angles = ctx.positions[:, None].float() * inv_freq
+        angles = torch.cat((angles, angles), dim=-1)
+        return angles.cos() * self.attention_factor, angles.sin() * self.attention_factor
+
+    @property
+    def _depends_on_length(self) -> bool:
+        return self._config.rope_type in ("dynamic", "longrope")
+
+    def _parameter(self, name: str) -> float:
+        value = self._config.parameters.get(name)
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            raise FormatError(
+                f"rope_type {self._config.rope_type!r} needs a numeric {name!r}; the configuration has {value!r}",
+                field=f"rope_parameters.{name}",
+            )
+        return float(value)
+
+    def _plain(self, theta: float) -> Tensor:
+        exponent = torch.arange(0, self.rotary_dim, 2, dtype=torch.float32, device="cpu") / self.rotary_dim
+        return 1.0 / theta**exponent
+
+    def _frequencies(self) -> tuple[Tensor, float]:
+        """Inverse frequencies [R / 2] and the factor on cos and sin."""
+        config = self._config
+        plain = self._plain(config.theta)
+        factors = config.parameters.get("freq_factors")
+        if factors is not None:  # GGUF carries the scaled frequencies themselves (rope_freqs.weight)
+            return plain / torch.tensor(factors, dtype=torch.float32, device="cpu"), 1.0
+        if config.rope_type in ("default", "dynamic"):
+            return plain, 1.0
+        if config.rope_type == "linear":
+            return plain / self._parameter("factor"), 1.0
+        if config.rope_type == "llama3":
+            return self._llama3(plain), 1.0
+        if config.rope_type == "yarn":
+            return self._yarn(plain)
+        if config.rope_type == "longrope":
+            return plain / self._factor_list("short_factor"), self._longrope_factor()
+        raise FormatError(
+            f"rope_type is {config.rope_type!r}; accepted: default, linear, dynamic, llama3, yarn, longrope",
+            field="rope_parameters.rope_type",
+        )
+
+    def _llama3(self, plain: Tensor) -> Tensor:
+        """Llama 3.1: long wavelengths are stretched, short ones kept, those between interpolated."""
+        factor = self._parameter("factor")
+        low, high = self._parameter("low_freq_factor"), self._parameter("high_freq_factor")
+        wavelength = 2 * math.pi / plain
+        smooth = (self._original_length / wavelength - low) / (high - low)
+        between = (1 - smooth) * plain / factor + smooth * plain
+        scaled = torch.where(wavelength > self._original_length / low, plain / factor, plain)
+        is_between = (wavelength >= self._original_length / high) & (wavelength <= self._original_length / low)
+        return torch.where(is_between, between, scaled)
+
+    def _yarn(self, plain: Tensor) -> tuple[Tensor, float]:
+        """YaRN (arXiv:2309.00071)."""
+        parameters = self._config.parameters
+        factor = self._parameter("factor")
+        beta_fast = float(parameters.get("beta_fast") or 32)
+        beta_slow = float(parameters.get("beta_slow") or 1)
+
+        def mscale(scale: float, weight: float = 1.0) -> float:
+            return 1.0 if scale <= 1 else 0.1 * weight * math.log(scale) + 1.0
+
+        attention_factor = parameters.get("attention_factor")
+        if attention_factor is None:
+            weight, weight_all = parameters.get("mscale"), parameters.get("mscale_all_dim")
+            if weight and weight_all:
+                attention_factor = mscale(factor, weight) / mscale(factor, weight_all)
+            else:
+                attention_factor = mscale(factor)
+
+        def dimension(rotations: float) -> float:
+            ratio = self._original_length / (rotations * 2 * math.pi)
+            return self.rotary_dim * math.log(ratio) / (2 * math.log(self._config.theta))
+
+        low, high = dimension(beta_fast), dimension(beta_slow)
+        if parameters.get("truncate", True):
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, self.rotary_dim - 1)
+        if low == high:
+            high += 0.001
+        ramp = (torch.arange(self.rotary_dim // 2, dtype=torch.float32, device="cpu") - low) / (high - low)
+        keep = 1 - ramp.clamp(0, 1)
+        return plain / factor * (1 - keep) + plain * keep, float(attention_factor)
+
+    def _factor_list(self, name: str) -> Tensor:
+        values = self._config.parameters.get(name)
+        if not isinstance(values, list | tuple) or len(values) != self.rotary_dim // 2:
+            raise FormatError(
+                f"rope_type 'longrope' needs {self.rotary_dim // 2} numbers in {name!r}",
+                field=f"rope_parameters.{name}",
+            )
+        return torch.tensor(values, dtype=torch.float32, device="cpu")
+
+    def _longrope_factor(self) -> float:
+        """LongRoPE (arXiv:2402.13753): cos and sin grow with the extension of the context."""
+        given = self._config.parameters.get("attention_factor")
+        if given is not None:
+            return float(given)
+        factor = self._config.parameters.get("factor")
+        extension = float(factor) if factor else self._max_length / self._original_length
+        return 1.0 if extension <= 1 else math.sqrt(1 + math.log(extension) / math.log(self._original_length))
+
+    def _long_frequencies(self) -> Tensor | None:
+        if self._config.rope_type != "longrope":
+            return None
+        return self._plain(self._config.theta) / self._factor_list("long_factor")
+
+    def _for_length(self, length: int) -> Tensor:
+        """Inverse frequencies of one sequence, so that they never depend on what else is in the batch."""
+        if length <= self._original_length:
+            return self._inv_freq
+        if self._long_inv_freq is not None:
+            return self._long_inv_freq
+        factor, dim = self._parameter("factor"), self.rotary_dim
+        stretch = factor * length / self._original_length - (factor - 1)
+        return self._plain(self._config.theta * stretch ** (dim / (dim - 2)))
+
+
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotates the first R dimensions of x [T, H, head_dim] by cos and sin [T, R]; dimension i pairs with i + R / 2."""
+    rotary_dim = cos.shape[-1]
+    cos, sin = cos[:, None].to(x.dtype), sin[:, None].to(x.dtype)
+    rotated = x[..., :rotary_dim]
+    first, second = rotated.chunk(2, dim=-1)
+    rotated = rotated * cos + torch.cat((-second, first), dim=-1) * sin
+    return rotated if rotary_dim == x.shape[-1] else torch.cat((rotated, x[..., rotary_dim:]), dim=-1)

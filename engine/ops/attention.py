@@ -1,0 +1,232 @@
+"""Attention over packed tokens, with or without the block cache.
+
+Shapes: T tokens, S sequences, H_q query heads, H_kv key/value heads, G = H_q / H_kv, D head_dim, L key length, P block
+size. The plain reference is ``attention_reference``; ``attention`` gives the same through
+``torch.nn.functional.scaled_dot_product_attention``. Proof: tests/unit/test_attention.py.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from engine.context import ForwardContext, PagedCache
+
+
+def attention_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float,
+    causal: bool = True,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """One sequence, every score in float32.
+
+    Args:
+        q: [n, H_q, D], the last n tokens of the sequence.
+        k, v: [m, H_kv, D], m >= n.
+        window: tokens that a query sees, itself included.
+        softcap: scores become softcap * tanh(scores / softcap).
+    Returns: [n, H_q, D] in the type of q.
+    """
+    groups = q.shape[1] // k.shape[1]
+    keys = k.float().repeat_interleave(groups, dim=1)
+    values = v.float().repeat_interleave(groups, dim=1)
+    scores = torch.einsum("nhd,mhd->hnm", q.float(), keys) * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    mask = _mask(q.shape[0], k.shape[0], causal, window, q.device)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf"))
+    return torch.einsum("hnm,mhd->nhd", scores.softmax(dim=-1), values).to(q.dtype)
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    ctx: ForwardContext,
+    layer_index: int,
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """Each sequence of the batch attends to its own tokens; with a cache, k and v are stored first.
+
+    Args:
+        q: [T, H_q, D]. k, v: [T, H_kv, D], the new tokens' alone.
+        layer_index: index among the attention layers, of ctx.cache.
+    Returns: [T, H_q, D].
+    """
+    if ctx.cache is None:
+        return _uncached(q, k, v, ctx, scale, window, softcap)
+    assert ctx.slot_mapping is not None
+    assert ctx.block_tables is not None
+    cache = ctx.cache
+    cache.keys[layer_index].flatten(0, 1).index_copy_(0, ctx.slot_mapping, k)
+    cache.values[layer_index].flatten(0, 1).index_copy_(0, ctx.slot_mapping, v)
+    out = torch.empty_like(q)
+    decodes = _decodes(ctx)
+    if decodes and softcap is None:
+        out = _decode(q, cache, ctx, layer_index, decodes, scale, window, out)
+    else:
+        decodes = []
+    skip = set(decodes)
+    for s in range(ctx.num_sequences):
+        if s in skip:
+            continue
+        start, end, kv_len = ctx.seq_starts[s], ctx.seq_starts[s + 1], ctx.kv_lens[s]
+        if kv_len == end - start:  # nothing cached before: the new keys are all keys
+            keys, values = k[start:end], v[start:end]
+        else:
+            blocks = ctx.block_tables[s, : -(-kv_len // cache.block_size)]
+            keys = cache.keys[layer_index][blocks].flatten(0, 1)[:kv_len]
+            values = cache.values[layer_index][blocks].flatten(0, 1)[:kv_len]
+        out[start:end] = _one(q[start:end], keys, values, ctx, scale, window, softcap)
+    return out
+
+
+def _decodes(ctx: ForwardContext) -> list[int]:
+    """Sequences with one new token and a past; they run as one batch."""
+    starts = ctx.seq_starts
+    return [s for s in range(ctx.num_sequences) if starts[s + 1] - starts[s] == 1 and ctx.kv_lens[s] > 1]
+
+
+def _decode(
+    q: Tensor,
+    cache: PagedCache,
+    ctx: ForwardContext,
+    layer_index: int,
+    decodes: list[int],
+    scale: float,
+    window: int | None,
+    out: Tensor,
+) -> Tensor:
+    """One query per sequence. The G queries that share a key head are taken as G query positions, so no key is copied
+    per head; all of them see the same keys, so one mask row per sequence serves."""
+    assert ctx.scratch is not None
+    assert ctx.block_tables is not None
+    key = ("decode", window)
+    if key not in ctx.scratch:
+        lens = [ctx.kv_lens[s] for s in decodes]
+        num_blocks = -(-max(lens) // cache.block_size)
+        device = q.device
+        rows = torch.tensor([ctx.seq_starts[s] for s in decodes], device=device)
+        tables = ctx.block_tables[torch.tensor(decodes, device=device), :num_blocks]
+        columns = torch.arange(num_blocks * cache.block_size, device=device)
+        kv_lens = torch.tensor(lens, device=device)[:, None]
+        mask = columns < kv_lens
+        if window is not None:
+            mask &= columns >= kv_lens - window
+        ctx.scratch[key] = (rows, tables, mask[:, None, None, :])
+    rows, tables, mask = ctx.scratch[key]
+    num_kv_heads, head_dim = cache.keys[layer_index].shape[2:]
+    queries = q[rows].view(len(decodes), num_kv_heads, -1, head_dim)
+    keys = cache.keys[layer_index][tables].flatten(1, 2).transpose(1, 2)
+    values = cache.values[layer_index][tables].flatten(1, 2).transpose(1, 2)
+    result = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=scale)
+    result = result.reshape(len(decodes), -1, head_dim)
+    if len(decodes) == len(out):
+        return result
+    out[rows] = result
+    return out
+
+
+def _uncached(
+    q: Tensor, k: Tensor, v: Tensor, ctx: ForwardContext, scale: float, window: int | None, softcap: float | None
+) -> Tensor:
+    """Whole sequences. Those of like length are padded into one batch, else they run one by one."""
+    lengths = ctx.seq_lens()
+    longest, num_sequences = max(lengths), len(lengths)
+    windowed = window is not None and longest > window
+    if softcap is not None or windowed or num_sequences == 1 or longest * num_sequences > 1.5 * ctx.num_tokens:
+        parts = []
+        for s in range(num_sequences):
+            start, end = ctx.seq_starts[s], ctx.seq_starts[s + 1]
+            parts.append(_one(q[start:end], k[start:end], v[start:end], ctx, scale, window, softcap))
+        return parts[0] if num_sequences == 1 else torch.cat(parts)
+    # Padding follows the tokens, so a causal query never sees it; an encoder's needs a mask.
+    if longest * num_sequences == ctx.num_tokens:
+        gather, scatter, mask = None, None, None
+    else:
+        assert ctx.scratch is not None
+        if "padding" not in ctx.scratch:
+            columns = torch.arange(longest)
+            lens = torch.tensor(lengths)[:, None]
+            starts = torch.tensor(ctx.seq_starts[:-1])[:, None]
+            valid = columns < lens
+            index = (starts + columns.clamp(max=longest)).where(valid, starts)
+            position = torch.arange(num_sequences)[:, None] * longest + columns
+            ctx.scratch["padding"] = (
+                index.flatten().to(q.device),
+                position[valid].to(q.device),
+                None if ctx.causal else valid[:, None, None, :].to(q.device),
+            )
+        gather, scatter, mask = ctx.scratch["padding"]
+
+    def batched(x: Tensor) -> Tensor:
+        rows = x if gather is None else x[gather]
+        return rows.view(num_sequences, longest, *x.shape[1:]).transpose(1, 2)
+
+    result = F.scaled_dot_product_attention(
+        batched(q),
+        batched(k),
+        batched(v),
+        attn_mask=mask,
+        is_causal=ctx.causal,
+        scale=scale,
+        enable_gqa=q.shape[1] != k.shape[1],
+    )
+    result = result.transpose(1, 2).flatten(0, 1)
+    return result if scatter is None else result[scatter]
+
+
+def _one(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    ctx: ForwardContext,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+) -> Tensor:
+    """One sequence: q [n, H_q, D] are its last n tokens, k and v [m, H_kv, D] all of it."""
+    if softcap is not None:
+        return attention_reference(q, k, v, scale=scale, causal=ctx.causal, window=window, softcap=softcap)
+    n, m = q.shape[0], k.shape[0]
+    mask = None
+    plain_causal = ctx.causal and n == m and (window is None or m <= window)
+    if not plain_causal and not (ctx.causal and n == 1 and (window is None or m <= window)):
+        key = ("mask", n, m, window)
+        assert ctx.scratch is not None
+        if key not in ctx.scratch:
+            ctx.scratch[key] = _mask(n, m, ctx.causal, window, q.device)
+        mask = ctx.scratch[key]
+    result = F.scaled_dot_product_attention(
+        q.transpose(0, 1)[None],
+        k.transpose(0, 1)[None],
+        v.transpose(0, 1)[None],
+        attn_mask=mask,
+        is_causal=plain_causal and n > 1,
+        scale=scale,
+        enable_gqa=q.shape[1] != k.shape[1],
+    )
+    return result[0].transpose(0, 1)
+
+
+def _mask(n: int, m: int, causal: bool, window: int | None, device: torch.device) -> Tensor | None:
+    """[n, m], True where a query may see a key; None where it may see all. The queries are the last n positions."""
+    queries = torch.arange(m - n, m, device=device)[:, None]
+    keys = torch.arange(m, device=device)
+    mask = None
+    if causal:
+        mask = keys <= queries
+    if window is not None:
+        near = keys > queries - window if causal else (keys - queries).abs() < window
+        mask = near if mask is None else mask & near
+    return mask
