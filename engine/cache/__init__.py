@@ -1,0 +1,1 @@
+"""Where computed keys and values live: block pool, prefix hashes, a manager per kind of cache. Free of torch."""

@@ -1,0 +1,358 @@
+"""Which tokens the next step computes. Free of torch.
+
+One token budget serves all. Each step first gives every sequence that has caught up its one token, then lets those
+that have not (new prompts, and preempted sequences that compute themselves again) catch up in chunks, then admits
+waiting ones. As at most half the budget's worth of sequences runs, neither can starve the other.
+
+Order is by priority, then arrival. When blocks run out, the last running sequence in that order loses its blocks and
+waits to be recomputed: the first one always goes on, so work always ends.
+"""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+import time
+from collections import Counter, deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from engine.cache.base import CacheManager
+from engine.cache.prefix import root_hash
+from engine.core.sequence import Sequence, SequenceStatus
+from engine.errors import EngineError, InvalidArgumentError, OutOfRangeError, OverloadedError
+from engine.request import FinishReason
+
+FINISHES_REMEMBERED = 64
+DEFAULT_RETRY_SECONDS = 1.0
+MAX_RETRY_SECONDS = 60.0
+
+
+@dataclass(slots=True)
+class ScheduledSequence:
+    """The part of one sequence in a step: tokens [num_computed_tokens, num_computed_tokens + num_tokens)."""
+
+    sequence: Sequence
+    num_tokens: int
+
+    @property
+    def reaches_end(self) -> bool:
+        """Whether the step computes its last known token, so that the next one can be sampled."""
+        return self.num_tokens == self.sequence.num_uncomputed_tokens
+
+
+@dataclass(slots=True)
+class ScheduledBatch:
+    """One step's work. ``scheduler.update`` or ``finish`` is due for each entry; an entry that gets neither, as its
+    step failed, is simply scheduled again."""
+
+    entries: list[ScheduledSequence]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(entry.num_tokens for entry in self.entries)
+
+
+@dataclass(slots=True)
+class SchedulerStats:
+    """Cumulative counters.
+
+    Attributes:
+        prefix_queries_tokens: tokens of sequences that first ran and could use the prefix cache.
+        prefix_hits_tokens: those of them that they found there.
+    """
+
+    preemptions: int = 0
+    prefix_queries_tokens: int = 0
+    prefix_hits_tokens: int = 0
+
+
+class Scheduler:
+    """Queues, runs and preempts the sequences of one model.
+
+    Args:
+        model: name, part of what prefixes are shared by.
+        cache: lends blocks to sequences.
+        max_batch_tokens: tokens of one step at most.
+        max_running: sequences that run together; no more than half of max_batch_tokens do.
+        max_waiting: sequences that may queue beyond those that can run at once.
+        max_model_len: longest prompt and completion together; lowered to what the cache can hold, see the attribute.
+        clock: monotonic seconds.
+
+    Attributes:
+        max_model_len: what new sequences must be limited to.
+        stats: counters since the start.
+
+    Raises:
+        InvalidArgumentError: a limit is not positive.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        cache: CacheManager,
+        *,
+        max_batch_tokens: int,
+        max_running: int,
+        max_waiting: int,
+        max_model_len: int,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        for name, value, low in (
+            ("max_batch_tokens", max_batch_tokens, 1),
+            ("max_running_requests", max_running, 1),
+            ("max_waiting_requests", max_waiting, 0),
+            ("max_model_len", max_model_len, 2),
+        ):
+            if value < low:
+                raise InvalidArgumentError(f"{name} is {value}; accepted: at least {low}", field=name)
+        self.max_batch_tokens = max_batch_tokens
+        self.max_running = min(max_running, max(1, max_batch_tokens // 2))
+        self.max_waiting = max_waiting
+        self.max_model_len = min(max_model_len, cache.max_sequence_tokens)
+        self.cache = cache
+        self.stats = SchedulerStats()
+        self._model = model
+        self._clock = clock
+        self._waiting: list[Sequence] = []  # both sorted by Sequence.order
+        self._running: list[Sequence] = []
+        self._live: dict[str, list[Sequence]] = {}  # by request id
+        self._arrivals = itertools.count()
+        self._generations: Counter[str] = Counter()
+        self._finish_times: deque[float] = deque(maxlen=FINISHES_REMEMBERED)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    def has_unfinished(self) -> bool:
+        """Whether ``schedule`` has anything to do."""
+        return bool(self._waiting or self._running)
+
+    def adapters_waiting(self) -> list[str]:
+        """Names of the adapters of waiting sequences, each once, sorted."""
+        return sorted({s.adapter.name for s in self._waiting if s.adapter is not None})
+
+    def adapters_running(self) -> list[str]:
+        """Names of the adapters of running sequences, each once, sorted."""
+        return sorted({s.adapter.name for s in self._running if s.adapter is not None})
+
+    def forget_adapter(self, name: str) -> None:
+        """No later request shares prefixes with an earlier one of this adapter.
+
+        Call when a name and version may come to stand for other weights (deleted and made again, loaded again).
+        """
+        self._generations[name] += 1
+
+    def add(self, sequences: list[Sequence]) -> None:
+        """Queues the sequences of one request: all of them or, on an error, none.
+
+        Raises:
+            OutOfRangeError: the request could never run, as the cache is too small for it.
+            OverloadedError: the queue is full.
+        """
+        first = sequences[0]
+        request = first.request
+        assert request.request_id not in self._live, f"request {request.request_id} is already queued"
+        if first.max_total_tokens > self.max_model_len:
+            raise OutOfRangeError(
+                f"the request may grow to {first.max_total_tokens} tokens; accepted: at most {self.max_model_len}, "
+                f"as the cache has {self.cache.num_blocks - 1} blocks of {self.cache.block_size} tokens",
+                field="prompt",
+            )
+        free_places = self.max_waiting + max(0, self.max_running - self.num_running)
+        if self.num_waiting + len(sequences) > free_places:
+            raise OverloadedError(
+                f"{self.num_waiting} completions are waiting and {self.num_running} running; {len(sequences)} more "
+                f"would exceed the limit of {self.max_waiting} waiting",
+                reason="QUEUE_FULL",
+                retry_after_seconds=self._seconds_until(self.num_waiting + len(sequences) - free_places),
+            )
+        adapter = first.adapter
+        root = root_hash(
+            self._model,
+            None if adapter is None else adapter.name,
+            first.adapter_version,
+            request.cache_salt,
+            0 if adapter is None else self._generations[adapter.name],
+        )
+        arrival = next(self._arrivals)
+        for sequence in sequences:
+            sequence.arrival_number = arrival
+            sequence.prefix_root = root
+            sequence.leader = None if sequence is first else first
+            bisect.insort(self._waiting, sequence, key=Sequence.order)
+        self._live[request.request_id] = list(sequences)
+
+    def abort(self, request_id: str) -> list[Sequence]:
+        """Ends a request's unfinished sequences with "cancelled" and frees their blocks at once.
+
+        Returns: these sequences; none if the request is unknown or has ended.
+        """
+        aborted = list(self._live.get(request_id, ()))
+        for sequence in aborted:
+            self.finish(sequence, "cancelled")
+        return aborted
+
+    def finish(self, sequence: Sequence, reason: FinishReason, error: EngineError | None = None) -> None:
+        """Ends an unfinished sequence and frees its blocks.
+
+        Args:
+            error: with reason "error".
+        """
+        assert not sequence.is_finished, "a sequence ends once"
+        (self._running if sequence.status is SequenceStatus.RUNNING else self._waiting).remove(sequence)
+        self.cache.free(sequence)
+        sequence.status = SequenceStatus.FINISHED
+        sequence.finish_reason = reason
+        sequence.error = error
+        sequence.finish_time = self._clock()
+        self._finish_times.append(sequence.finish_time)
+        siblings = self._live[sequence.request.request_id]
+        siblings.remove(sequence)
+        if not siblings:
+            del self._live[sequence.request.request_id]
+
+    def update(self, sequence: Sequence, num_computed: int, new_tokens: list[int]) -> list[int]:
+        """Takes in what a step brought a scheduled sequence, and ends it if it is complete.
+
+        Args:
+            num_computed: tokens of it that the step computed.
+            new_tokens: sampled after its last known token; empty if the step did not reach that.
+
+        Returns: those of new_tokens that belong to the completion: none follows one that ends it.
+        """
+        assert sequence.status is SequenceStatus.RUNNING, f"update of a {sequence.status.value} sequence"
+        self.cache.commit(sequence, num_computed)
+        assert not new_tokens or sequence.num_uncomputed_tokens == 0, "sampled before all tokens were computed"
+        now = self._clock()
+        accepted: list[int] = []
+        for token in new_tokens:
+            sequence.append(token, now)
+            accepted.append(token)
+            if sequence.check_stop():
+                break
+        if sequence.finish_reason is not None:
+            self.finish(sequence, sequence.finish_reason)
+        return accepted
+
+    def schedule(self) -> ScheduledBatch:
+        """The next step. Not empty while anything is unfinished."""
+        step = _Step(self.max_batch_tokens)
+        caught_up = [s for s in self._running if s.num_uncomputed_tokens == 1]
+        catching_up = [s for s in self._running if s.num_uncomputed_tokens > 1]
+        for sequence in caught_up + catching_up:
+            if step.budget > 0 and sequence.status is SequenceStatus.RUNNING:
+                self._continue(sequence, step)
+        if not step.preempted:  # blocks are short: let running ones end before others begin
+            for sequence in list(self._waiting):
+                if step.budget == 0:
+                    break
+                if not self._shares_with_leader(sequence) and not self._admit(sequence, step):
+                    break  # those behind it may not overtake, or it might wait for ever
+        entries = [ScheduledSequence(sequence, count) for sequence, count in step.tokens.items()]
+        assert entries or not self.has_unfinished(), "nothing scheduled, yet something is unfinished"
+        return ScheduledBatch(entries)
+
+    def _continue(self, sequence: Sequence, step: _Step) -> None:
+        """Schedules a running sequence, at the cost of those behind it."""
+        count = min(sequence.num_uncomputed_tokens, step.budget)
+        while not self.cache.allocate(sequence, count):
+            victim = self._running[-1]
+            self._preempt(victim, step)
+            if victim is sequence:
+                return
+        step.take(sequence, count)
+
+    def _admit(self, sequence: Sequence, step: _Step) -> bool:
+        """Starts a waiting sequence, if need be at the cost of running ones of lower priority.
+
+        Returns: False if there is no place for it.
+        """
+        priority = sequence.request.priority
+        lower = [s for s in self._running if s.request.priority > priority]
+        if len(self._running) >= self.max_running and not lower:
+            return False
+        if self.cache.shares_prefixes and not sequence.collects_prompt_logprobs:
+            self.cache.match_prefix(sequence)
+        # Room for all its tokens, though only some are computed now, beside those of prompts that are half computed:
+        # otherwise admission would cause the preemptions that it had better avoid.
+        missing = self._missing_blocks(sequence)
+        if missing > sum(len(s.block_table) for s in lower):
+            self.cache.free(sequence)
+            return False
+        while lower and (len(self._running) >= self.max_running or self._missing_blocks(sequence) > 0):
+            self._preempt(lower.pop(), step)
+        if self._missing_blocks(sequence) > 0:  # the victims' blocks were shared with others
+            self.cache.free(sequence)
+            return False
+        count = min(sequence.num_uncomputed_tokens, step.budget)
+        allocated = self.cache.allocate(sequence, count)
+        assert allocated
+        self._waiting.remove(sequence)
+        bisect.insort(self._running, sequence, key=Sequence.order)
+        sequence.status = SequenceStatus.RUNNING
+        if sequence.first_scheduled_time is None:
+            sequence.first_scheduled_time = self._clock()
+            sequence.num_cached_tokens = sequence.num_computed_tokens
+            if self.cache.shares_prefixes and not sequence.collects_prompt_logprobs:
+                self.stats.prefix_queries_tokens += len(sequence.token_ids)
+                self.stats.prefix_hits_tokens += sequence.num_computed_tokens
+        step.take(sequence, count)
+        return True
+
+    def _missing_blocks(self, sequence: Sequence) -> int:
+        """Blocks short of computing all known tokens of this sequence and of the running ones; <= 0: none."""
+        needed = self.cache.blocks_needed(sequence, sequence.num_uncomputed_tokens)
+        needed += sum(self.cache.blocks_needed(s, s.num_uncomputed_tokens) for s in self._running)
+        return needed - self.cache.num_free_blocks
+
+    def _shares_with_leader(self, sequence: Sequence) -> bool:
+        """Whether it pays to wait: the first completion of its request is computing the prompt they share."""
+        leader = sequence.leader
+        return (
+            leader is not None
+            and leader.status is SequenceStatus.RUNNING
+            and self.cache.shares_prefixes
+            and leader.num_computed_tokens < leader.num_prompt_tokens
+            and leader.num_prompt_tokens > self.cache.block_size
+        )
+
+    def _preempt(self, sequence: Sequence, step: _Step) -> None:
+        """Back to the queue without blocks; its place there is by priority and arrival, as always."""
+        self._running.remove(sequence)
+        self.cache.free(sequence)
+        sequence.status = SequenceStatus.WAITING
+        sequence.num_preemptions += 1
+        bisect.insort(self._waiting, sequence, key=Sequence.order)
+        step.drop(sequence)
+        self.stats.preemptions += 1
+
+    def _seconds_until(self, places: int) -> float:
+        """When so many places may be free, at the rate at which completions ended of late."""
+        if len(self._finish_times) < 2:
+            return DEFAULT_RETRY_SECONDS
+        elapsed = self._clock() - self._finish_times[0]
+        return min(MAX_RETRY_SECONDS, max(0.1, places * elapsed / len(self._finish_times)))
+
+
+class _Step:
+    """A step in the making: what is left of its budget, who has how many tokens, and whether anyone was preempted."""
+
+    def __init__(self, budget: int) -> None:
+        self.budget = budget
+        self.tokens: dict[Sequence, int] = {}
+        self.preempted = False
+
+    def take(self, sequence: Sequence, count: int) -> None:
+        assert 0 < count <= self.budget
+        self.budget -= count
+        self.tokens[sequence] = count
+
+    def drop(self, sequence: Sequence) -> None:
+        self.budget += self.tokens.pop(sequence, 0)
+        self.preempted = True
