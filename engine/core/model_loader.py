@@ -1,0 +1,108 @@
+"""From a path to a LoadedModel."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import torch
+
+from engine.config import EngineConfig, ModelConfig
+from engine.core.loaded import LoadedModel
+from engine.core.memory import make_cache, plan_num_blocks
+from engine.core.runner import Runner
+from engine.errors import OutOfMemoryError
+from engine.info import ModelInfo
+from engine.layers.linear import Embedding, Linear
+from engine.loading import Checkpoint, load_weights, open_checkpoint
+from engine.lora.store import AdapterStore
+from engine.models.base import CausalLM, Model, build_model
+from engine.quantization.base import scheme_map
+
+
+def load_model(
+    name: str, path: Path, engine_config: EngineConfig, device: torch.device, dtype: torch.dtype
+) -> LoadedModel:
+    """Reads a checkpoint, builds its model and plans its cache.
+
+    Raises:
+        NotFoundError: there is nothing at the path.
+        FormatError: malformed or of an unsupported kind.
+        OutOfMemoryError: it does not fit.
+    """
+    begin = time.monotonic()
+    checkpoint = open_checkpoint(path)
+    config = checkpoint.config
+    model = build_model(config, scheme_map(config.quantization_config), dtype)
+    try:
+        load_weights(model, checkpoint, dtype, device)
+    except torch.OutOfMemoryError as error:
+        raise OutOfMemoryError(f"model {name!r} does not fit on {device}: {error}") from error
+    for module in model.modules():
+        if isinstance(module, Linear | Embedding):
+            module.scheme.after_loading(module)
+    model.eval()
+    info = _info(name, path, checkpoint, model, device, dtype, _max_model_len(config, engine_config))
+    root = Path(engine_config.state_dir) / "adapters" / name if engine_config.state_dir else None
+    loaded = LoadedModel(
+        info=info,
+        config=config,
+        engine_config=engine_config,
+        model=model,
+        device=device,
+        dtype=dtype,
+        adapters=AdapterStore(name, root, model, device=device, base_digest=info.weights_digest),
+    )
+    if isinstance(model, CausalLM):
+        layers = model.num_attention_layers
+        num_blocks = plan_num_blocks(config, engine_config, layers, info.max_model_len, device, dtype)
+        cache = make_cache(config, layers, num_blocks, engine_config.block_size, device, dtype)
+        loaded.runner = Runner(loaded, model, cache)
+        info.num_blocks = num_blocks
+        info.block_size = engine_config.block_size
+        info.kv_cache_bytes = sum(t.numel() * t.element_size() for t in (*cache.keys, *cache.values))
+        # One sequence can never hold more than the whole pool.
+        info.max_model_len = min(info.max_model_len, (num_blocks - 1) * engine_config.block_size)
+    info.load_seconds = time.monotonic() - begin
+    return loaded
+
+
+def _max_model_len(config: ModelConfig, engine_config: EngineConfig) -> int:
+    return min(config.max_position_embeddings, engine_config.max_model_len or config.max_position_embeddings)
+
+
+def _info(
+    name: str,
+    path: Path,
+    checkpoint: Checkpoint,
+    model: Model,
+    device: torch.device,
+    dtype: torch.dtype,
+    max_model_len: int,
+) -> ModelInfo:
+    config = model.config
+    tensors = {t.data_ptr(): t for t in [*model.parameters(), *model.buffers()]}
+    schemes = {m.scheme.name for m in model.modules() if isinstance(m, Linear)} - {"none"}
+    return ModelInfo(
+        name=name,
+        path=str(path),
+        model_type=config.model_type,
+        task=config.task,
+        dtype=str(dtype).removeprefix("torch."),
+        quantization="+".join(sorted(schemes)) or "none",
+        num_parameters=sum(m.in_features * m.out_features for m in model.modules() if isinstance(m, Linear | Embedding))
+        + sum(p.numel() for p in model.parameters() if p.dim() == 1),
+        weights_bytes=sum(t.numel() * t.element_size() for t in tensors.values()),
+        vocab_size=config.vocab_size,
+        hidden_size=config.hidden_size,
+        num_layers=config.num_hidden_layers,
+        max_model_len=max_model_len,
+        num_blocks=0,
+        block_size=0,
+        kv_cache_bytes=0,
+        linear_modules=sorted({linear.rsplit(".", 1)[-1] for linear in model.linears()}),
+        weights_digest=checkpoint.digest(),
+        tokenizer_path=str(checkpoint.path),
+        embedding_dimensions=config.hidden_size,
+        device=str(device),
+    )

@@ -1,0 +1,315 @@
+"""Runs generation on one model: validates requests, schedules, forwards, samples, reports."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence as Seq
+
+import torch
+from torch import Tensor
+
+from engine.cache.full import FullAttentionManager
+from engine.context import PagedCache
+from engine.core.batch import pack
+from engine.core.loaded import LoadedModel
+from engine.core.memory import make_cache
+from engine.core.scheduler import ScheduledBatch, ScheduledSequence, Scheduler
+from engine.core.sequence import Sequence, new_sequences
+from engine.errors import EngineError, InternalError, InvalidArgumentError
+from engine.info import ModelStats
+from engine.lora.adapter import Adapter
+from engine.models.base import CausalLM
+from engine.request import MAX_N, Request, RequestOutput, TokenLogprob
+from engine.sampling.logprobs import prompt_logprobs
+from engine.sampling.sampler import Sampler
+
+
+class Runner:
+    """Generation on one model.
+
+    Args:
+        loaded: the model and its adapters.
+        model: its CausalLM.
+        cache: its attention cache.
+    """
+
+    def __init__(self, loaded: LoadedModel, model: CausalLM, cache: PagedCache) -> None:
+        config = loaded.engine_config
+        self._loaded = loaded
+        self._model = model
+        self._cache = cache
+        self._manager = FullAttentionManager(
+            cache.keys[0].shape[0], cache.block_size, enable_prefix_caching=config.enable_prefix_caching
+        )
+        self._scheduler = Scheduler(
+            loaded.info.name,
+            self._manager,
+            max_batch_tokens=config.max_batch_tokens,
+            max_running=config.max_running_requests,
+            max_waiting=config.max_waiting_requests,
+            max_model_len=loaded.info.max_model_len,
+        )
+        self._sampler = Sampler(loaded.config.vocab_size, loaded.device)
+        self._unfinished: dict[str, int] = {}
+        self._finished: list[str] = []
+        self._observations: dict[str, list[float]] = defaultdict(list)
+
+    # ----------------------------------------------------------------------------------------------------- requests
+
+    def add(self, request: Request) -> None:
+        """Validates and queues a request.
+
+        Raises:
+            InvalidArgumentError, OutOfRangeError: naming the field, its value, and what is accepted.
+            NotFoundError: no such adapter or version.
+            OverloadedError: the queue is full.
+        """
+        vocab_size = self._loaded.config.vocab_size
+        if not request.prompt_token_ids:
+            raise InvalidArgumentError("the prompt has no tokens; accepted: at least one", field="prompt")
+        low, high = min(request.prompt_token_ids), max(request.prompt_token_ids)
+        if low < 0 or high >= vocab_size:
+            bad = low if low < 0 else high
+            raise InvalidArgumentError(
+                f"the prompt holds token id {bad}; accepted: ids in [0, {vocab_size})", field="prompt"
+            )
+        if not 1 <= request.n <= MAX_N:
+            raise InvalidArgumentError(f"n is {request.n}; accepted: an integer in [1, {MAX_N}]", field="n")
+        request.sampling.validate(vocab_size)
+        adapter = None
+        if request.adapter is not None:
+            adapter = self._loaded.adapters.get(request.adapter, request.adapter_version)
+        elif request.adapter_version is not None:
+            raise InvalidArgumentError(
+                f"adapter_version is {request.adapter_version} without an adapter", field="adapter_version"
+            )
+        sequences = new_sequences(
+            request,
+            eos_token_ids=self._loaded.config.eos_token_ids,
+            max_model_len=self._scheduler.max_model_len,
+            adapter=adapter,
+        )
+        self._scheduler.add(sequences)
+        self._unfinished[request.request_id] = len(sequences)
+
+    def abort(self, request_id: str) -> None:
+        """Ends a request and frees its blocks at once; unknown ids are ignored."""
+        self._scheduler.abort(request_id)
+        self._unfinished.pop(request_id, None)
+
+    def has_requests(self) -> bool:
+        """Whether step has work."""
+        return self._scheduler.has_unfinished()
+
+    def drain_finished(self) -> list[str]:
+        """Ids of requests whose last completion ended since the last call."""
+        finished, self._finished = self._finished, []
+        return finished
+
+    # --------------------------------------------------------------------------------------------------------- step
+
+    @torch.inference_mode()
+    def step(self) -> list[RequestOutput]:
+        """One batch: schedule, forward, sample. A failure ends the sequences of the batch with an error, no others."""
+        batch = self._scheduler.schedule()
+        self._observations["step_tokens"].append(batch.num_tokens)
+        try:
+            sampled = self._execute(batch)
+        except Exception as error:  # noqa: BLE001 - reported to each caller; the engine goes on
+            return self._fail(batch, error)
+        return [self._report(entry, sampled.get(id(entry.sequence))) for entry in batch.entries]
+
+    def _execute(self, batch: ScheduledBatch) -> dict[int, int | EngineError]:
+        """Runs the model. Returns, by id of the sequence, the token that follows it, or why there is none."""
+        entries = batch.entries
+        # Sequences of one adapter side by side, so that each adapter is one segment.
+        entries.sort(key=lambda e: (e.sequence.adapter_version or 0, id(e.sequence.adapter)))
+        sequences = [entry.sequence for entry in entries]
+        token_ids, ctx = pack(
+            [s.token_ids[s.num_computed_tokens : s.num_computed_tokens + e.num_tokens] for e, s in _pairs(entries)],
+            [s.num_computed_tokens for s in sequences],
+            [s.block_table for s in sequences],
+            [s.adapter for s in sequences],
+            self._cache,
+            self._loaded.device,
+        )
+        hidden = self._model(token_ids, ctx)
+        for row, entry in enumerate(entries):
+            if entry.sequence.collects_prompt_logprobs:
+                self._score_prompt(entry, hidden[ctx.seq_starts[row] : ctx.seq_starts[row + 1]])
+        ending = [row for row, entry in enumerate(entries) if entry.reaches_end]
+        if not ending:
+            return {}
+        last = torch.tensor([ctx.seq_starts[row + 1] - 1 for row in ending], device=hidden.device)
+        logits = self._model.compute_logits(hidden[last])
+        results = self._sampler.sample(logits, [sequences[row] for row in ending])
+        return {id(sequences[row]): result for row, result in zip(ending, results, strict=True)}
+
+    def _score_prompt(self, entry: ScheduledSequence, hidden: Tensor) -> None:
+        """Adds the logprobs of the prompt tokens that this chunk's positions predict. hidden: [n, D] of the chunk."""
+        sequence = entry.sequence
+        if not sequence.prompt_logprobs:
+            sequence.prompt_logprobs.append(None)
+        first = len(sequence.prompt_logprobs)
+        # A preempted sequence computes positions again that it has reported.
+        skip = first - 1 - sequence.num_computed_tokens
+        end = min(sequence.num_computed_tokens + entry.num_tokens + 1, sequence.num_prompt_tokens)
+        if skip < 0 or end <= first:
+            return
+        targets = sequence.token_ids[first:end]
+        scores: list[TokenLogprob] = prompt_logprobs(
+            self._model.compute_logits,
+            hidden[skip : skip + len(targets)],
+            targets,
+            sequence.sampling.prompt_logprobs or 0,
+        )
+        sequence.prompt_logprobs.extend(scores)
+
+    def _report(self, entry: ScheduledSequence, result: int | EngineError | None) -> RequestOutput:
+        """Takes the step into the sequence's state and says what came of it."""
+        sequence = entry.sequence
+        if isinstance(result, EngineError):
+            self._scrub(sequence)
+            self._scheduler.finish(sequence, "error", result)
+            return self._output(sequence, [])
+        before = sequence.last_token_time
+        accepted = self._scheduler.update(sequence, entry.num_tokens, [] if result is None else [result])
+        if accepted and before is not None and sequence.last_token_time is not None:
+            self._observations["inter_token_latency_seconds"].append(sequence.last_token_time - before)
+        return self._output(sequence, accepted)
+
+    def _output(self, sequence: Sequence, token_ids: list[int]) -> RequestOutput:
+        sampling = sequence.sampling
+        is_first = bool(token_ids) and sequence.num_output_tokens == len(token_ids)
+        output = RequestOutput(
+            request_id=sequence.request.request_id,
+            index=sequence.index,
+            token_ids=token_ids,
+            finish_reason=sequence.finish_reason,
+            stop_token_id=sequence.stop_token_id,
+            num_prompt_tokens=sequence.num_prompt_tokens,
+            num_cached_tokens=sequence.num_cached_tokens,
+            num_completion_tokens=sequence.num_output_tokens,
+            adapter_version=sequence.adapter_version,
+        )
+        if sampling.logprobs is not None:
+            output.logprobs, sequence.logprobs = sequence.logprobs, []
+        if is_first and sequence.index == 0 and sampling.prompt_logprobs is not None:
+            output.prompt_logprobs = sequence.prompt_logprobs
+        if sequence.is_finished:
+            output.timings = sequence.timings()
+            self._observe(sequence)
+            if sequence.error is not None:
+                output.error_code = sequence.error.code
+                output.error_message = sequence.error.message
+                output.error_reason = sequence.error.reason
+        return output
+
+    def _fail(self, batch: ScheduledBatch, error: Exception) -> list[RequestOutput]:
+        if isinstance(error, EngineError):
+            reported = error
+        else:
+            reported = InternalError(f"the step failed: {type(error).__name__}: {error}")
+            reported.__cause__ = error
+        outputs = []
+        for entry in batch.entries:
+            self._scrub(entry.sequence)
+            self._scheduler.finish(entry.sequence, "error", reported)
+            outputs.append(self._output(entry.sequence, []))
+        return outputs
+
+    def _scrub(self, sequence: Sequence) -> None:
+        """Zeroes what a failed sequence wrote: a masked slot still enters products, so a NaN left in a block would
+        reach whoever has the block next."""
+        shared = [block for block in sequence.block_table if self._manager.pool.ref_count(block) == 1]
+        for tensor in (*self._cache.keys, *self._cache.values):
+            tensor[shared] = 0
+
+    # -------------------------------------------------------------------------------------------------------- stats
+
+    def _observe(self, sequence: Sequence) -> None:
+        timings = sequence.timings()
+        observe = self._observations
+        observe["request_queue_seconds"].append(timings.queue_seconds)
+        observe["request_duration_seconds"].append(timings.total_seconds)
+        if timings.time_to_first_token_seconds is not None:
+            observe["time_to_first_token_seconds"].append(timings.time_to_first_token_seconds)
+            observe["request_prefill_seconds"].append(timings.prefill_seconds)
+            observe["request_decode_seconds"].append(timings.decode_seconds)
+        observe["request_prompt_tokens"].append(sequence.num_prompt_tokens)
+        observe["request_generation_tokens"].append(sequence.num_output_tokens)
+        request_id = sequence.request.request_id
+        if request_id in self._unfinished:
+            self._unfinished[request_id] -= 1
+            if self._unfinished[request_id] == 0:
+                del self._unfinished[request_id]
+                self._finished.append(request_id)
+
+    def drain_stats(self) -> ModelStats:
+        """Gauges and counters now, and observations since the last call."""
+        observations, self._observations = dict(self._observations), defaultdict(list)
+        scheduler = self._scheduler
+        return ModelStats(
+            model=self._loaded.info.name,
+            requests_waiting=scheduler.num_waiting,
+            requests_running=scheduler.num_running,
+            kv_cache_usage_ratio=self._manager.usage,
+            prefix_cache_queries_tokens=scheduler.stats.prefix_queries_tokens,
+            prefix_cache_hits_tokens=scheduler.stats.prefix_hits_tokens,
+            preemptions=scheduler.stats.preemptions,
+            adapters_running=scheduler.adapters_running(),
+            adapters_waiting=scheduler.adapters_waiting(),
+            observations=observations,
+        )
+
+    def forget_adapter(self, name: str) -> None:
+        """No later request shares prefixes with earlier ones of that adapter."""
+        self._scheduler.forget_adapter(name)
+
+
+def _pairs(entries: Seq[ScheduledSequence]) -> list[tuple[ScheduledSequence, Sequence]]:
+    return [(entry, entry.sequence) for entry in entries]
+
+
+@torch.inference_mode()
+def serving_logits(loaded: LoadedModel, sequences: Seq[Seq[int]], adapter: Adapter | None = None) -> list[Tensor]:
+    """Logits of whole sequences through the path that serves: block cache, packed batch, chunks.
+
+    Uses a cache of its own, so that running requests are not disturbed.
+
+    Args:
+        sequences: token ids, each at least one.
+    Returns: per sequence [len, V] float32.
+    """
+    model = loaded.causal_lm()
+    size = loaded.engine_config.block_size
+    counts = [-(-len(ids) // size) for ids in sequences]
+    layers = model.num_attention_layers
+    cache = make_cache(loaded.config, layers, 1 + sum(counts), size, loaded.device, loaded.dtype)
+    tables, next_block = [], 1
+    for count in counts:
+        tables.append(list(range(next_block, next_block + count)))
+        next_block += count
+    done = [0] * len(sequences)
+    logits: list[list[Tensor]] = [[] for _ in sequences]
+    while any(d < len(ids) for d, ids in zip(done, sequences, strict=True)):
+        budget = loaded.engine_config.max_batch_tokens
+        chunk: list[tuple[int, int]] = []
+        for s, ids in enumerate(sequences):
+            take = min(len(ids) - done[s], budget)
+            if take > 0:
+                chunk.append((s, take))
+                budget -= take
+        token_ids, ctx = pack(
+            [sequences[s][done[s] : done[s] + n] for s, n in chunk],
+            [done[s] for s, _ in chunk],
+            [tables[s] for s, _ in chunk],
+            [adapter] * len(chunk),
+            cache,
+            loaded.device,
+        )
+        hidden = model(token_ids, ctx)
+        for row, (s, n) in enumerate(chunk):
+            logits[s].append(model.compute_logits(hidden[ctx.seq_starts[row] : ctx.seq_starts[row + 1]]))
+            done[s] += n
+    return [torch.cat(parts) for parts in logits]

@@ -1,0 +1,258 @@
+"""The engine: models in memory, requests, jobs. Usable in one process, without a server.
+
+engine = Engine(EngineConfig(state_dir="/var/lib/whet"))
+engine.load_model("smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
+engine.add_request(Request(request_id="1", model="smollm2", prompt_token_ids=[1, 2, 3]))
+while engine.has_requests():
+    for output in engine.step():
+        print(output.token_ids)
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from engine.config import EngineConfig
+from engine.core.job_loop import JobLoop
+from engine.core.loaded import LoadedModel
+from engine.core.model_loader import load_model
+from engine.core.runner import Runner
+from engine.errors import AlreadyExistsError, FailedPreconditionError, InvalidArgumentError, NotFoundError
+from engine.evaluation.embedding import embed
+from engine.evaluation.perplexity import perplexity
+from engine.info import AdapterInfo, EngineStats, ModelInfo
+from engine.jobs import EmbedSpec, JobEvent, JobFailed, JobSpec, PerplexitySpec, QuantizeSpec, TrainSpec
+from engine.names import validate_name
+from engine.quantization.job import quantize
+from engine.request import Request, RequestOutput
+from engine.training.trainer import StopAndCheckpoint, train
+
+JOB_KINDS: dict[type, str] = {
+    TrainSpec: "train",
+    QuantizeSpec: "quantize",
+    PerplexitySpec: "perplexity",
+    EmbedSpec: "embed",
+}
+
+
+class Engine:
+    """Holds models and does all work on them, in the calling thread.
+
+    Args:
+        config: see EngineConfig.
+    Raises:
+        InvalidArgumentError: the device is unknown or not there.
+    """
+
+    def __init__(self, config: EngineConfig) -> None:
+        self.config = config
+        self.device = _device(config.device)
+        self.dtype = _dtype(config.dtype, self.device)
+        torch.set_num_threads(config.num_threads or os.cpu_count() or 1)
+        self._models: dict[str, LoadedModel] = {}
+        self._owners: dict[str, Runner] = {}
+        self._jobs = JobLoop(config.job_slice_seconds, config.job_share)
+
+    # ------------------------------------------------------------------------------------------------------- models
+
+    def load_model(self, name: str, path: str | Path) -> ModelInfo:
+        """Loads a Hugging Face directory, safetensors file or GGUF file under ``name``.
+
+        Raises:
+            AlreadyExistsError: the name is taken by another path.
+            NotFoundError: there is nothing at the path.
+            FormatError: what is there cannot be read.
+            OutOfMemoryError: it does not fit.
+        """
+        validate_name(name, "model")
+        if name in self._models:
+            if self._models[name].info.path == str(path):
+                return self._models[name].info
+            raise AlreadyExistsError(f"model {name!r} is loaded, from {self._models[name].info.path}", field="model")
+        loaded = load_model(name, Path(path), self.config, self.device, self.dtype)
+        self._models[name] = loaded
+        return loaded.info
+
+    def unload_model(self, name: str) -> None:
+        """Frees a model.
+
+        Raises:
+            NotFoundError: it is not loaded.
+            FailedPreconditionError: requests or jobs are using it.
+        """
+        loaded = self._model(name)
+        if (loaded.runner is not None and loaded.runner.has_requests()) or self._jobs.uses(name):
+            raise FailedPreconditionError(
+                f"model {name!r} has running requests or jobs; wait for them or cancel them",
+                field="model",
+                reason="MODEL_BUSY",
+            )
+        del self._models[name]
+
+    def models(self) -> list[ModelInfo]:
+        """All loaded models."""
+        return [loaded.info for loaded in self._models.values()]
+
+    # ----------------------------------------------------------------------------------------------------- requests
+
+    def add_request(self, request: Request) -> None:
+        """Enters a request; its outputs come from later steps.
+
+        Raises:
+            InvalidArgumentError: a field is out of its range; nothing was entered.
+            NotFoundError: no such model, adapter or version.
+            FailedPreconditionError: the model does not generate.
+            OverloadedError: the queue is full.
+        """
+        if request.request_id in self._owners:
+            raise AlreadyExistsError(f"request {request.request_id!r} is running", field="request_id")
+        loaded = self._model(request.model)
+        loaded.causal_lm()
+        assert loaded.runner is not None
+        loaded.runner.add(request)
+        self._owners[request.request_id] = loaded.runner
+
+    def abort(self, request_id: str) -> None:
+        """Ends a request and frees its blocks; no further output comes. Unknown ids are ignored: it may just have
+        ended."""
+        runner = self._owners.pop(request_id, None)
+        if runner is not None:
+            runner.abort(request_id)
+
+    def has_requests(self) -> bool:
+        """Whether step has work."""
+        return any(m.runner is not None and m.runner.has_requests() for m in self._models.values())
+
+    def step(self) -> list[RequestOutput]:
+        """One batch of each model that has requests."""
+        begin = time.monotonic()
+        outputs: list[RequestOutput] = []
+        for loaded in self._models.values():
+            if loaded.runner is not None and loaded.runner.has_requests():
+                outputs.extend(loaded.runner.step())
+                for request_id in loaded.runner.drain_finished():
+                    self._owners.pop(request_id, None)
+        self._jobs.served(time.monotonic() - begin)
+        return outputs
+
+    # --------------------------------------------------------------------------------------------------------- jobs
+
+    def start_job(self, spec: JobSpec) -> None:
+        """Enters a job; its events come from advance_jobs.
+
+        Raises:
+            NotFoundError: no such model or adapter.
+            AlreadyExistsError: a job of that id is running.
+        """
+        loaded = self._model(spec.model)
+        self._jobs.start(spec.job_id, JOB_KINDS[type(spec)], spec.model, self._slices(spec, loaded))
+
+    def _slices(self, spec: JobSpec, loaded: LoadedModel) -> Iterator[JobEvent | None]:
+        if isinstance(spec, TrainSpec):
+            return train(spec, loaded)
+        if isinstance(spec, QuantizeSpec):
+            return quantize(spec, loaded, Path(loaded.info.tokenizer_path), self.load_model)
+        if isinstance(spec, PerplexitySpec):
+            return perplexity(spec, loaded)
+        return embed(spec, loaded)
+
+    def cancel_job(self, job_id: str) -> JobFailed:
+        """Ends a job and returns its terminal event.
+
+        Raises:
+            NotFoundError: it is not running.
+        """
+        return self._jobs.cancel(job_id)
+
+    def checkpoint_jobs(self) -> list[JobEvent]:
+        """Ends all jobs, training runs with a checkpoint from which they can resume. For a drain."""
+        return self._jobs.interrupt(StopAndCheckpoint())
+
+    def has_jobs(self) -> bool:
+        """Whether advance_jobs has work."""
+        return len(self._jobs) > 0
+
+    def advance_jobs(self) -> list[JobEvent]:
+        """Runs the slices that are due; returns their events."""
+        return self._jobs.advance(self.has_requests())
+
+    # ----------------------------------------------------------------------------------------------------- adapters
+
+    def adapters(self, model: str | None = None) -> list[AdapterInfo]:
+        """Every version of every adapter, of one model or of all."""
+        chosen = [self._model(model)] if model is not None else list(self._models.values())
+        return [info for loaded in chosen for info in loaded.adapters.list()]
+
+    def load_adapter(self, model: str, name: str, path: str | Path) -> AdapterInfo:
+        """Loads a PEFT directory that the operator names; it is not copied into the store."""
+        return self._model(model).adapters.add_from_path(validate_name(name, "adapter"), Path(path))
+
+    def import_adapter(self, model: str, name: str, staged_dir: str | Path) -> AdapterInfo:
+        """Checks an uploaded PEFT directory and publishes it as a new version; the staged directory is used up."""
+        return self._model(model).adapters.import_staged(validate_name(name, "adapter"), Path(staged_dir))
+
+    def load_adapter_version(self, model: str, name: str, version: int | None = None) -> AdapterInfo:
+        """Loads a stored version and makes it the live one; None: the newest."""
+        return self._model(model).adapters.load(name, version)
+
+    def unload_adapter(self, model: str, name: str) -> None:
+        """Drops an adapter from memory; it stays on disk. Requests in flight keep theirs."""
+        self._model(model).adapters.unload(name)
+
+    def delete_adapter(self, model: str, name: str, version: int | None = None) -> None:
+        """Deletes a version, or all of them, from disk."""
+        self._model(model).adapters.delete(name, version)
+
+    def adapter_path(self, model: str, name: str, version: int | None = None) -> Path:
+        """The PEFT directory of a version; None: the live one."""
+        return self._model(model).adapters.path(name, version)
+
+    # -------------------------------------------------------------------------------------------------------- stats
+
+    def stats(self) -> EngineStats:
+        """Gauges, counters, and what was observed since the last call."""
+        share, slices = self._jobs.drain_stats()
+        return EngineStats(
+            models=[m.runner.drain_stats() for m in self._models.values() if m.runner is not None],
+            job_share=share,
+            job_slice_seconds=slices,
+        )
+
+    def _model(self, name: str) -> LoadedModel:
+        if name not in self._models:
+            known = ", ".join(sorted(self._models)) or "none"
+            raise NotFoundError(
+                f"model {name!r} is not loaded; loaded: {known}", field="model", reason="MODEL_NOT_FOUND"
+            )
+        return self._models[name]
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
+        raise InvalidArgumentError(f"device is {name!r}; accepted: auto, cpu, cuda, cuda:N", field="device")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise InvalidArgumentError(
+            f"device is {name!r}; this machine has {torch.cuda.device_count()} CUDA devices", field="device"
+        )
+    return device
+
+
+def _dtype(name: str, device: torch.device) -> torch.dtype:
+    if name == "auto":
+        # Of the narrow types, CPUs without AMX multiply none faster than float32.
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if name not in dtypes:
+        raise InvalidArgumentError(f"dtype is {name!r}; accepted: auto, {', '.join(dtypes)}", field="dtype")
+    return dtypes[name]
