@@ -1,8 +1,8 @@
 """Configuration of the server: one typed object, and the only place that reads the environment.
 
 Every option is one field of ServerConfig and has three spellings that mean the same: the flag ``--max-batch-tokens``,
-the variable ``WHET_MAX_BATCH_TOKENS`` and the key ``max_batch_tokens`` of the YAML file given by ``--config``. Flags win
-over the environment, the environment over the file, the file over the defaults here.
+the variable ``WHET_MAX_BATCH_TOKENS`` and the key ``max_batch_tokens`` of the YAML file that ``--config`` names. Flags
+win over the environment, the environment over the file, the file over the defaults here.
 """
 
 from __future__ import annotations
