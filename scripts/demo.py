@@ -13,6 +13,7 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+
 from whet import Client
 
 MODEL = "smollm2-135m"
