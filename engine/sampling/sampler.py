@@ -1,0 +1,146 @@
+"""Chooses the next token of every sequence of a batch.
+
+Shapes: N rows, one per sequence; R rows that draw at random; V vocabulary.
+
+The processors change logits in the order that they state (engine.sampling.processors). Greedy rows take the likeliest
+token of what results, others draw one. A draw inverts the cumulative distribution at one uniform number, which depends
+on the sequence's key and the number of its tokens alone: what else is in the batch never matters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from engine.errors import EngineError, InternalError, InvalidArgumentError, ShapeError
+from engine.request import TokenLogprob
+from engine.sampling.base import LogitsProcessor, SamplingSequence, is_greedy, processors
+from engine.sampling.logprobs import token_logprobs
+from engine.sampling.random import uniform
+
+CHUNK_ELEMENTS = 1 << 22
+"""Probabilities to accumulate at a time: 32 MiB in float64."""
+
+
+@dataclass(slots=True)
+class SampledTokens:
+    """What a step of sampling gave.
+
+    Attributes:
+        token_ids: N tokens. Those of rows in ``errors`` mean nothing.
+        logprobs: N entries; None where not asked for.
+        errors: row to why no token could be chosen. The other rows are not affected.
+    """
+
+    token_ids: list[int]
+    logprobs: list[TokenLogprob | None]
+    errors: dict[int, EngineError] = field(default_factory=dict)
+
+
+class Sampler:
+    """Holds no state of sequences: one serves a whole engine."""
+
+    def __init__(self) -> None:
+        self._processors = sorted((processors.get(name) for name in processors.names()), key=lambda p: p.order)
+
+    @torch.inference_mode()
+    def sample(self, logits: Tensor, sequences: Sequence[SamplingSequence]) -> SampledTokens:
+        """One token for each sequence.
+
+        Args:
+            logits: [N, V] float32, at the last token of each sequence; overwritten.
+            sequences: N.
+
+        Raises:
+            ShapeError: there are not as many rows as sequences.
+        """
+        if logits.dim() != 2 or logits.shape[0] != len(sequences):
+            raise ShapeError(f"logits are {list(logits.shape)} for {len(sequences)} sequences; accepted: [N, V]")
+        asking = [row for row, s in enumerate(sequences) if s.sampling.logprobs is not None]
+        raw = logits[asking] if asking else None  # a copy, before processors change it
+        best, tokens = logits.max(-1)
+        model_ok = torch.isfinite(best)  # a NaN anywhere in the row is its maximum
+        usable = model_ok
+        random = [row for row, s in enumerate(sequences) if not is_greedy(s.sampling)]
+        steps = [
+            (processor, rows)
+            for processor in self._processors
+            if (rows := [r for r, s in enumerate(sequences) if _applies(processor, s)])
+        ]
+        if steps:
+            for processor, rows in steps:
+                logits = _process(processor, logits, rows, sequences)
+            best, tokens = logits.max(-1)
+            usable = torch.isfinite(best)
+        if random:
+            uniforms = [uniform(sequences[r].sampling_key, sequences[r].num_output_tokens) for r in random]
+            whole = len(random) == len(sequences)
+            drawn = _draw(logits if whole else logits[random], uniforms)
+            tokens = drawn if whole else tokens.index_copy(0, torch.tensor(random, device=tokens.device), drawn)
+
+        token_ids: list[int] = tokens.tolist()
+        sampled = SampledTokens(token_ids, [None] * len(token_ids))
+        if not bool((model_ok & usable).all()):
+            for row, (model_fine, fine) in enumerate(zip(model_ok.tolist(), usable.tolist(), strict=True)):
+                if not (model_fine and fine):
+                    sampled.errors[row] = _error(model_fine, sequences[row])
+        if raw is not None:
+            num_top = [sequences[row].sampling.logprobs or 0 for row in asking]
+            entries = token_logprobs(raw, [token_ids[row] for row in asking], num_top)
+            for row, entry in zip(asking, entries, strict=True):
+                sampled.logprobs[row] = entry
+        return sampled
+
+
+def _applies(processor: LogitsProcessor, sequence: SamplingSequence) -> bool:
+    params = sequence.sampling
+    return processor.applies(params) and not (processor.keeps_argmax and is_greedy(params))
+
+
+def _process(
+    processor: LogitsProcessor, logits: Tensor, rows: list[int], sequences: Sequence[SamplingSequence]
+) -> Tensor:
+    chosen = [sequences[row] for row in rows]
+    if len(rows) == len(sequences):
+        return processor.process(logits, chosen)
+    logits[rows] = processor.process(logits[rows], chosen)
+    return logits
+
+
+def _draw(logits: Tensor, uniforms: list[float]) -> Tensor:
+    """Inverts each row's cumulative distribution.
+
+    Args:
+        logits: [R, V] float32.
+        uniforms: R numbers in [0, 1).
+
+    Returns: [R] int64; never a token of probability 0, except in rows that have a NaN.
+    """
+    count, vocab_size = logits.shape
+    points = torch.tensor(uniforms, dtype=torch.float64, device=logits.device).unsqueeze(-1)
+    rows = max(1, CHUNK_ELEMENTS // vocab_size)
+    drawn = []
+    for start in range(0, count, rows):
+        # In float64: float32 sums over a large vocabulary would drop the unlikeliest tokens.
+        cumulative = logits[start : start + rows].softmax(-1).cumsum(-1, dtype=torch.float64)
+        total = cumulative[:, -1:]
+        target = torch.minimum(points[start : start + rows] * total, total.nextafter(torch.zeros_like(total)))
+        drawn.append(torch.searchsorted(cumulative, target, right=True).squeeze(-1))
+    return torch.cat(drawn).clamp_(max=vocab_size - 1)
+
+
+def _error(model_fine: bool, sequence: SamplingSequence) -> EngineError:
+    if not model_fine:
+        return InternalError(
+            f"the model gave logits that are not finite for completion token {sequence.num_output_tokens + 1}",
+            reason="NON_FINITE_LOGITS",
+        )
+    return InvalidArgumentError(
+        f"logit_bias, min_tokens and penalties leave no token to choose for completion token "
+        f"{sequence.num_output_tokens + 1}; accepted: values that leave at least one with a finite logit",
+        field="sampling",
+        reason="NO_TOKEN_LEFT",
+    )
