@@ -19,9 +19,12 @@ from engine.errors import EngineError, InternalError, InvalidArgumentError
 from engine.info import ModelStats
 from engine.lora.adapter import Adapter
 from engine.models.base import CausalLM
-from engine.request import MAX_N, Request, RequestOutput, TokenLogprob
+from engine.request import MAX_N, Request, RequestOutput
 from engine.sampling.logprobs import prompt_logprobs
 from engine.sampling.sampler import Sampler
+
+PROMPT_LOGPROB_ROWS = 128
+"""Positions of a prompt whose logits exist at one time: 73 MiB at a vocabulary of 150k."""
 
 
 class Runner:
@@ -49,7 +52,7 @@ class Runner:
             max_waiting=config.max_waiting_requests,
             max_model_len=loaded.info.max_model_len,
         )
-        self._sampler = Sampler(loaded.config.vocab_size, loaded.device)
+        self._sampler = Sampler()
         self._unfinished: dict[str, int] = {}
         self._finished: list[str] = []
         self._observations: dict[str, list[float]] = defaultdict(list)
@@ -142,8 +145,12 @@ class Runner:
             return {}
         last = torch.tensor([ctx.seq_starts[row + 1] - 1 for row in ending], device=hidden.device)
         logits = self._model.compute_logits(hidden[last])
-        results = self._sampler.sample(logits, [sequences[row] for row in ending])
-        return {id(sequences[row]): result for row, result in zip(ending, results, strict=True)}
+        ended = [sequences[row] for row in ending]
+        sampled = self._sampler.sample(logits, ended)
+        for sequence, logprob in zip(ended, sampled.logprobs, strict=True):
+            if logprob is not None:
+                sequence.logprobs.append(logprob)
+        return {id(s): sampled.errors.get(i, sampled.token_ids[i]) for i, s in enumerate(ended)}
 
     def _score_prompt(self, entry: ScheduledSequence, hidden: Tensor) -> None:
         """Adds the logprobs of the prompt tokens that this chunk's positions predict. hidden: [n, D] of the chunk."""
@@ -157,13 +164,11 @@ class Runner:
         if skip < 0 or end <= first:
             return
         targets = sequence.token_ids[first:end]
-        scores: list[TokenLogprob] = prompt_logprobs(
-            self._model.compute_logits,
-            hidden[skip : skip + len(targets)],
-            targets,
-            sequence.sampling.prompt_logprobs or 0,
-        )
-        sequence.prompt_logprobs.extend(scores)
+        num_top = sequence.sampling.prompt_logprobs or 0
+        for start in range(0, len(targets), PROMPT_LOGPROB_ROWS):
+            part = targets[start : start + PROMPT_LOGPROB_ROWS]
+            logits = self._model.compute_logits(hidden[skip + start : skip + start + len(part)])
+            sequence.prompt_logprobs.extend(prompt_logprobs(logits, part, num_top))
 
     def _report(self, entry: ScheduledSequence, result: int | EngineError | None) -> RequestOutput:
         """Takes the step into the sequence's state and says what came of it."""

@@ -52,12 +52,12 @@ def test_share_of_time_is_kept_while_serving() -> None:
 def test_idle_engine_runs_slices_until_the_budget_is_spent() -> None:
     """Without requests a job runs on, yet control returns after slice_seconds."""
     clock, log = Clock(), []
-    loop = JobLoop(slice_seconds=0.1, share=0.5, clock=clock)
-    loop.start("a", "train", "m", work(clock, "a", 100, 0.025, log))
+    loop = JobLoop(slice_seconds=0.125, share=0.5, clock=clock)
+    loop.start("a", "train", "m", work(clock, "a", 100, 0.0625, log))
     loop.advance(serving=False)
-    assert clock.now == pytest.approx(0.1)
+    assert clock.now == pytest.approx(0.125)
     loop.advance(serving=False)
-    assert clock.now == pytest.approx(0.2)
+    assert clock.now == pytest.approx(0.25)
 
 
 def test_jobs_take_turns() -> None:
