@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from engine.config import EngineConfig, ModelConfig
 from engine.context import PagedCache
@@ -84,9 +87,17 @@ def make_cache(
     """
     shape = (num_blocks, block_size, config.num_key_value_heads, config.head_dim)
     try:
-        keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
-        values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
-    except (RuntimeError, torch.OutOfMemoryError) as error:
+        keys = [_zeros(shape, device, dtype) for _ in range(num_layers)]
+        values = [_zeros(shape, device, dtype) for _ in range(num_layers)]
+    except (RuntimeError, MemoryError) as error:
         size = block_bytes(config, num_layers, block_size, dtype) * num_blocks
         raise OutOfMemoryError(f"{size} bytes of attention cache cannot be allocated on {device}: {error}") from error
     return PagedCache(keys=keys, values=values, block_size=block_size)
+
+
+def _zeros(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    # torch.zeros writes every page; NumPy's come from the system as zeros and take memory only once they are written.
+    num_bytes = math.prod(shape) * dtype.itemsize
+    return torch.from_numpy(np.zeros(num_bytes, dtype=np.uint8)).view(dtype).view(shape)
