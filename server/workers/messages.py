@@ -1,0 +1,343 @@
+"""What the front end and a worker say to each other: msgspec Structs in MessagePack.
+
+The engine's own dataclasses travel inside as they are. msgspec tells the members of a union apart only by a tag, which
+plain dataclasses have not, so a job's spec and its events go as ``Tagged``: the name of the type beside its encoding.
+Decoding is typed throughout: bytes that are not exactly one of these messages raise msgspec.DecodeError.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, TypeVar, get_args
+
+import msgspec
+
+from engine.config import EngineConfig
+from engine.errors import ERRORS_BY_CODE, EngineError, InternalError
+from engine.info import EngineStats
+from engine.jobs import JobEvent, JobSpec
+from engine.request import Request, RequestOutput
+
+T = TypeVar("T")
+
+
+class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """What a worker is started with: one line of JSON on its standard input.
+
+    Attributes:
+        endpoint: ZeroMQ address of the front end.
+        identity: names this start of this worker; replies that bear another are of an earlier start.
+        heartbeat_interval_seconds: between heartbeats of a loop that goes round.
+        log_level, log_format: as ServerConfig's.
+    """
+
+    endpoint: str
+    identity: str
+    engine: EngineConfig
+    heartbeat_interval_seconds: float = 0.5
+    log_level: str = "info"
+    log_format: Literal["json", "text"] = "text"
+
+
+class Failure(msgspec.Struct, frozen=True, kw_only=True):
+    """An EngineError on its way to another process."""
+
+    code: str
+    message: str
+    field: str = ""
+    reason: str = ""
+    retry_after_seconds: float | None = None
+
+    @classmethod
+    def of(cls, error: EngineError) -> Failure:
+        """The failure that describes ``error``."""
+        return cls(
+            code=error.code,
+            message=error.message,
+            field=error.field,
+            reason=error.reason,
+            retry_after_seconds=error.retry_after_seconds,
+        )
+
+    def to_error(self) -> EngineError:
+        """The error to raise. A code that has no class of its own is a fault of ours."""
+        return ERRORS_BY_CODE.get(self.code, InternalError)(
+            self.message, field=self.field, reason=self.reason, retry_after_seconds=self.retry_after_seconds
+        )
+
+
+class Tagged(msgspec.Struct, frozen=True, array_like=True):
+    """A dataclass of engine.jobs and the name of its type."""
+
+    kind: str
+    body: msgspec.Raw
+
+    @classmethod
+    def of(cls, value: JobSpec | JobEvent) -> Tagged:
+        """Wraps a spec or an event."""
+        return cls(type(value).__name__, msgspec.Raw(_encoder.encode(value)))
+
+    def spec(self) -> JobSpec:
+        """The job spec inside.
+
+        Raises:
+            msgspec.ValidationError: it is something else.
+        """
+        return _unwrap(self, _SPECS)  # type: ignore[no-any-return]
+
+    def event(self) -> JobEvent:
+        """The job event inside.
+
+        Raises:
+            msgspec.ValidationError: it is something else.
+        """
+        return _unwrap(self, _EVENTS)  # type: ignore[no-any-return]
+
+
+# ----------------------------------------------------------------------------------------------- front end to worker
+
+
+class Command(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """A message to a worker."""
+
+
+class AddRequest(Command, frozen=True, kw_only=True):
+    """Outputs follows for it, or RequestFailed."""
+
+    request: Request
+
+
+class Abort(Command, frozen=True, kw_only=True):
+    """Nothing more comes for the request. Has no reply: it may just have ended."""
+
+    request_id: str
+
+
+class Call(Command, frozen=True, kw_only=True):
+    """A command that is answered by one Reply with the same call_id."""
+
+    call_id: int
+
+
+class LoadModel(Call, frozen=True, kw_only=True):
+    """Replies a ModelInfo."""
+
+    name: str
+    path: str
+
+
+class UnloadModel(Call, frozen=True, kw_only=True):
+    """Replies None."""
+
+    name: str
+
+
+class StartJob(Call, frozen=True, kw_only=True):
+    """Replies None once the job is accepted; JobEvents follow."""
+
+    job: Tagged
+
+
+class CancelJob(Call, frozen=True, kw_only=True):
+    """Replies None; the job's terminal event comes as JobEvents first."""
+
+    job_id: str
+
+
+class CheckpointJobs(Call, frozen=True, kw_only=True):
+    """Ends all jobs, training runs resumably. Replies None; their terminal events come as JobEvents first."""
+
+
+class ListAdapters(Call, frozen=True, kw_only=True):
+    """Replies a list of AdapterInfo; ``model`` None: of all models."""
+
+    model: str | None
+
+
+class LoadAdapter(Call, frozen=True, kw_only=True):
+    """Loads a directory that the operator named. Replies an AdapterInfo."""
+
+    model: str
+    name: str
+    path: str
+
+
+class LoadAdapterVersion(Call, frozen=True, kw_only=True):
+    """Makes a stored version the live one; None: the newest. Replies an AdapterInfo."""
+
+    model: str
+    name: str
+    version: int | None
+
+
+class ImportAdapter(Call, frozen=True, kw_only=True):
+    """Publishes an uploaded directory as a new version. Replies an AdapterInfo."""
+
+    model: str
+    name: str
+    staged_dir: str
+
+
+class UnloadAdapter(Call, frozen=True, kw_only=True):
+    """Replies None."""
+
+    model: str
+    name: str
+
+
+class DeleteAdapter(Call, frozen=True, kw_only=True):
+    """Replies None."""
+
+    model: str
+    name: str
+    version: int | None
+
+
+class AdapterPath(Call, frozen=True, kw_only=True):
+    """Replies the PEFT directory of a version as a string; None: of the live one."""
+
+    model: str
+    name: str
+    version: int | None
+
+
+class Shutdown(Command, frozen=True, kw_only=True):
+    """The worker ends cleanly, at once."""
+
+
+AnyCommand = (
+    AddRequest
+    | Abort
+    | LoadModel
+    | UnloadModel
+    | StartJob
+    | CancelJob
+    | CheckpointJobs
+    | ListAdapters
+    | LoadAdapter
+    | LoadAdapterVersion
+    | ImportAdapter
+    | UnloadAdapter
+    | DeleteAdapter
+    | AdapterPath
+    | Shutdown
+)
+
+
+# ----------------------------------------------------------------------------------------------- worker to front end
+
+
+class Report(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """A message from a worker."""
+
+
+class Ready(Report, frozen=True, kw_only=True):
+    """The first message: the engine stands and takes commands."""
+
+    device: str
+
+
+class StartFailed(Report, frozen=True, kw_only=True):
+    """The first and last message: there can be no engine with this configuration."""
+
+    failure: Failure
+
+
+class Heartbeat(Report, frozen=True, kw_only=True):
+    """The loop goes round.
+
+    Attributes:
+        busy: what the loop is about to do that may take minutes ("loading model x"); "" when that is done.
+        stats: since the last heartbeat that carried them; None where they are not due.
+    """
+
+    busy: str = ""
+    stats: EngineStats | None = None
+
+
+class Outputs(Report, frozen=True, kw_only=True):
+    """What one step brought, of all requests."""
+
+    outputs: list[RequestOutput]
+
+
+class RequestFailed(Report, frozen=True, kw_only=True):
+    """The request was not accepted, or cannot go on."""
+
+    request_id: str
+    failure: Failure
+
+
+class JobEvents(Report, frozen=True, kw_only=True):
+    """What one round of slices brought, of all jobs."""
+
+    events: list[Tagged]
+
+
+class Reply(Report, frozen=True, kw_only=True):
+    """The answer to a Call: its value in MessagePack, or its failure."""
+
+    call_id: int
+    body: msgspec.Raw = msgspec.Raw(b"\xc0")
+    failure: Failure | None = None
+
+    def value(self, kind: type[T]) -> T:
+        """The value, as the type that the call promises.
+
+        Raises:
+            EngineError: the one that the call failed with.
+            msgspec.ValidationError: the value is of another type.
+        """
+        if self.failure is not None:
+            raise self.failure.to_error()
+        return msgspec.msgpack.decode(self.body, type=kind)
+
+
+AnyReport = Ready | StartFailed | Heartbeat | Outputs | RequestFailed | JobEvents | Reply
+
+
+# ------------------------------------------------------------------------------------------------------------- codec
+
+_encoder = msgspec.msgpack.Encoder()
+_commands: msgspec.msgpack.Decoder[AnyCommand] = msgspec.msgpack.Decoder(AnyCommand)
+_reports: msgspec.msgpack.Decoder[AnyReport] = msgspec.msgpack.Decoder(AnyReport)
+_SPECS: dict[str, msgspec.msgpack.Decoder[Any]] = {
+    kind.__name__: msgspec.msgpack.Decoder(kind) for kind in get_args(JobSpec)
+}
+_EVENTS: dict[str, msgspec.msgpack.Decoder[Any]] = {
+    kind.__name__: msgspec.msgpack.Decoder(kind) for kind in get_args(JobEvent)
+}
+
+
+def encode(message: Command | Report) -> bytes:
+    """The bytes of a message."""
+    return _encoder.encode(message)
+
+
+def decode_command(data: bytes) -> AnyCommand:
+    """Reads a message to a worker.
+
+    Raises:
+        msgspec.DecodeError: the bytes are no such message.
+    """
+    return _commands.decode(data)
+
+
+def decode_report(data: bytes) -> AnyReport:
+    """Reads a message from a worker.
+
+    Raises:
+        msgspec.DecodeError: the bytes are no such message.
+    """
+    return _reports.decode(data)
+
+
+def reply(call_id: int, value: object) -> Reply:
+    """The successful answer to a call."""
+    return Reply(call_id=call_id, body=msgspec.Raw(_encoder.encode(value)))
+
+
+def _unwrap(tagged: Tagged, decoders: dict[str, msgspec.msgpack.Decoder[Any]]) -> Any:
+    decoder = decoders.get(tagged.kind)
+    if decoder is None:
+        raise msgspec.ValidationError(f"kind is {tagged.kind!r}; accepted: {', '.join(decoders)}")
+    return decoder.decode(tagged.body)
