@@ -309,12 +309,13 @@ class PerplexityProgress:
 
 @dataclass(slots=True, kw_only=True)
 class PerplexityFinished:
-    """Attributes: nll: mean, nats per scored token; standard_error: of that mean; num_tokens: scored, once each."""
+    """Attributes: nll: mean, nats per scored token; standard_error: of that mean, None where one token was scored;
+    num_tokens: scored, once each."""
 
     job_id: str
     nll: float
     perplexity: float
-    standard_error: float
+    standard_error: float | None
     num_tokens: int
     num_windows: int
     seconds: float
@@ -323,13 +324,13 @@ class PerplexityFinished:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EmbedSpec:
-    """Attributes: pooling: None: the model's own; dimensions: Matryoshka truncation, applied before normalising."""
+    """Attributes: pooling, normalize: None: the model's own; dimensions: Matryoshka truncation, before normalising."""
 
     job_id: str
     model: str
     inputs: list[list[int]]
     pooling: Literal["mean", "cls", "last"] | None = None
-    normalize: bool = True
+    normalize: bool | None = True
     dimensions: int | None = None
     adapter: str | None = None
     adapter_version: int | None = None

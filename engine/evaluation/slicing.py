@@ -1,0 +1,34 @@
+"""How many tokens one slice of a job may hold."""
+
+from __future__ import annotations
+
+SMOOTHING = 0.5
+FIRST_SLICE_TOKENS = 128
+
+
+class SliceBudget:
+    """Tokens that a forward gets through within the slice's target time, as measured on the forwards before.
+
+    A job asks for ``tokens`` before each forward and reports the forward's duration after it. The first forward is
+    small; the budget at most doubles from one to the next, so a single reading that was too good cannot make a slice
+    that stalls serving.
+
+    Args:
+        target_seconds: how long a slice should take.
+        max_tokens: never more than this.
+    """
+
+    def __init__(self, target_seconds: float, max_tokens: int) -> None:
+        self._target_seconds = target_seconds
+        self._max_tokens = max_tokens
+        self._seconds_per_token: float | None = None
+        self.tokens = min(FIRST_SLICE_TOKENS, max_tokens)
+
+    def observe(self, num_tokens: int, seconds: float) -> None:
+        """Takes in how long a forward of ``num_tokens`` took."""
+        rate = seconds / num_tokens
+        if self._seconds_per_token is not None:
+            rate = SMOOTHING * rate + (1 - SMOOTHING) * self._seconds_per_token
+        self._seconds_per_token = rate
+        affordable = int(self._target_seconds / rate) if rate > 0.0 else self._max_tokens
+        self.tokens = max(1, min(affordable, 2 * self.tokens, self._max_tokens))

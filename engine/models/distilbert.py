@@ -1,0 +1,109 @@
+"""DistilBERT (arXiv:1910.01108): BERT's layers without token types, under names of its own.
+
+Source: transformers' ``models/distilbert``.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from engine.config import ModelConfig
+from engine.context import ForwardContext
+from engine.layers.mlp import activation
+from engine.models.base import models
+from engine.models.encoder import Encoder, LayerNorm, linear, self_attention, table
+from engine.quantization.base import SchemeMap
+
+
+class DistilBertEmbeddings(nn.Module):
+    """Word and position embeddings, summed and normalised."""
+
+    def __init__(self, config: ModelConfig, schemes: SchemeMap, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.word_embeddings = table(config.vocab_size, config, "embeddings.word_embeddings", schemes, dtype)
+        self.position_embeddings = table(
+            config.max_position_embeddings, config, "embeddings.position_embeddings", schemes, dtype
+        )
+        self.LayerNorm = LayerNorm(config, dtype)
+
+    def forward(self, token_ids: Tensor, ctx: ForwardContext) -> Tensor:
+        """token_ids [T]: [T, D]."""
+        return self.LayerNorm(self.word_embeddings(token_ids) + self.position_embeddings(ctx.positions))  # type: ignore[no-any-return]
+
+
+class DistilBertAttention(nn.Module):
+    """Projections, attention, output projection."""
+
+    def __init__(self, config: ModelConfig, name: str, schemes: SchemeMap, dtype: torch.dtype) -> None:
+        super().__init__()
+        width = config.hidden_size
+        self.config = config
+        self.q_lin = linear(width, width, f"{name}.q_lin", schemes, dtype)
+        self.k_lin = linear(width, width, f"{name}.k_lin", schemes, dtype)
+        self.v_lin = linear(width, width, f"{name}.v_lin", schemes, dtype)
+        self.out_lin = linear(width, width, f"{name}.out_lin", schemes, dtype)
+
+    def forward(self, x: Tensor, ctx: ForwardContext) -> Tensor:
+        """x [T, D]: [T, D]."""
+        return self.out_lin(self_attention(self.q_lin, self.k_lin, self.v_lin, x, ctx, self.config), ctx)  # type: ignore[no-any-return]
+
+
+class DistilBertFeedForward(nn.Module):
+    """Two projections around the activation."""
+
+    def __init__(self, config: ModelConfig, name: str, schemes: SchemeMap, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.lin1 = linear(config.hidden_size, config.intermediate_size, f"{name}.lin1", schemes, dtype)
+        self.lin2 = linear(config.intermediate_size, config.hidden_size, f"{name}.lin2", schemes, dtype)
+        self.act = activation(config.hidden_act)
+
+    def forward(self, x: Tensor, ctx: ForwardContext) -> Tensor:
+        """x [T, D]: [T, D]."""
+        return self.lin2(self.act(self.lin1(x, ctx)), ctx)  # type: ignore[no-any-return]
+
+
+class DistilBertLayer(nn.Module):
+    """Attention and feed-forward block, each normalised after its residual."""
+
+    def __init__(self, config: ModelConfig, index: int, schemes: SchemeMap, dtype: torch.dtype) -> None:
+        super().__init__()
+        name = f"transformer.layer.{index}"
+        self.attention = DistilBertAttention(config, f"{name}.attention", schemes, dtype)
+        self.sa_layer_norm = LayerNorm(config, dtype)
+        self.ffn = DistilBertFeedForward(config, f"{name}.ffn", schemes, dtype)
+        self.output_layer_norm = LayerNorm(config, dtype)
+
+    def forward(self, x: Tensor, ctx: ForwardContext) -> Tensor:
+        """x [T, D]: [T, D]."""
+        x = self.sa_layer_norm(self.attention(x, ctx) + x)
+        return self.output_layer_norm(self.ffn(x, ctx) + x)  # type: ignore[no-any-return]
+
+
+class DistilBertTransformer(nn.Module):
+    """The stack of layers."""
+
+    def __init__(self, config: ModelConfig, schemes: SchemeMap, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.layer = nn.ModuleList(
+            [DistilBertLayer(config, i, schemes, dtype) for i in range(config.num_hidden_layers)]
+        )
+
+    def forward(self, x: Tensor, ctx: ForwardContext) -> Tensor:
+        """x [T, D]: [T, D]."""
+        for layer in self.layer:
+            x = layer(x, ctx)
+        return x
+
+
+@models.register("distilbert")
+class DistilBertModel(Encoder):
+    """Embeddings and layers."""
+
+    def __init__(self, config: ModelConfig, schemes: SchemeMap, dtype: torch.dtype) -> None:
+        super().__init__(config)
+        self.embeddings = DistilBertEmbeddings(config, schemes, dtype)
+        self.transformer = DistilBertTransformer(config, schemes, dtype)
+
+    def forward(self, token_ids: Tensor, ctx: ForwardContext) -> Tensor:
+        return self.transformer(self.embeddings(token_ids, ctx), ctx)  # type: ignore[no-any-return]
