@@ -1,8 +1,8 @@
 """Which tokens the next step computes. Free of torch.
 
-One token budget serves all. Each step first gives every sequence that has caught up its one token, then lets those
-that have not (new prompts, and preempted sequences that compute themselves again) catch up in chunks, then admits
-waiting ones. As at most half the budget's worth of sequences runs, neither can starve the other.
+One token budget serves all. Each step first gives every sequence that has caught up its one token, then lets the
+others (new prompts, and preempted sequences that compute themselves again) begin or catch up in chunks. As at most
+half the budget's worth of sequences runs, neither can starve the other.
 
 Order is by priority, then arrival. When blocks run out, the last running sequence in that order loses its blocks and
 waits to be recomputed: the first one always goes on, so work always ends.
@@ -84,7 +84,7 @@ class Scheduler:
         stats: counters since the start.
 
     Raises:
-        InvalidArgumentError: a limit is not positive.
+        InvalidArgumentError: a limit is too small.
     """
 
     def __init__(
@@ -99,7 +99,7 @@ class Scheduler:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         for name, value, low in (
-            ("max_batch_tokens", max_batch_tokens, 1),
+            ("max_batch_tokens", max_batch_tokens, 2),
             ("max_running_requests", max_running, 1),
             ("max_waiting_requests", max_waiting, 0),
             ("max_model_len", max_model_len, 2),
@@ -107,7 +107,7 @@ class Scheduler:
             if value < low:
                 raise InvalidArgumentError(f"{name} is {value}; accepted: at least {low}", field=name)
         self.max_batch_tokens = max_batch_tokens
-        self.max_running = min(max_running, max(1, max_batch_tokens // 2))
+        self.max_running = min(max_running, max_batch_tokens // 2)
         self.max_waiting = max_waiting
         self.max_model_len = min(max_model_len, cache.max_sequence_tokens)
         self.cache = cache
@@ -243,17 +243,20 @@ class Scheduler:
     def schedule(self) -> ScheduledBatch:
         """The next step. Not empty while anything is unfinished."""
         step = _Step(self.max_batch_tokens)
-        caught_up = [s for s in self._running if s.num_uncomputed_tokens == 1]
-        catching_up = [s for s in self._running if s.num_uncomputed_tokens > 1]
-        for sequence in caught_up + catching_up:
-            if step.budget > 0 and sequence.status is SequenceStatus.RUNNING:
+        for sequence in [s for s in self._running if s.num_uncomputed_tokens == 1]:
+            if sequence.status is SequenceStatus.RUNNING:  # not preempted by one before it
                 self._continue(sequence, step)
-        if not step.preempted:  # blocks are short: let running ones end before others begin
-            for sequence in list(self._waiting):
-                if step.budget == 0:
-                    break
-                if not self._shares_with_leader(sequence) and not self._admit(sequence, step):
-                    break  # those behind it may not overtake, or it might wait for ever
+        # Running and waiting ones in one order: a long prompt that is half computed gives way to an urgent new one.
+        behind = [s for s in self._running if s.num_uncomputed_tokens > 1] + self._waiting
+        admitting = True
+        for sequence in sorted(behind, key=Sequence.order):
+            if step.budget == 0:
+                break
+            if sequence.status is SequenceStatus.RUNNING:
+                self._continue(sequence, step)
+            elif admitting and not self._shares_with_leader(sequence):
+                # None overtakes one that finds no room, or that one might wait for ever.
+                admitting = self._admit(sequence, step)
         entries = [ScheduledSequence(sequence, count) for sequence, count in step.tokens.items()]
         assert entries or not self.has_unfinished(), "nothing scheduled, yet something is unfinished"
         return ScheduledBatch(entries)
@@ -279,15 +282,13 @@ class Scheduler:
             return False
         if self.cache.shares_prefixes and not sequence.collects_prompt_logprobs:
             self.cache.match_prefix(sequence)
-        # Room for all its tokens, though only some are computed now, beside those of prompts that are half computed:
-        # otherwise admission would cause the preemptions that it had better avoid.
-        missing = self._missing_blocks(sequence)
-        if missing > sum(len(s.block_table) for s in lower):
+        others = [s for s in self._running if s.request.priority <= priority]
+        if self._missing_blocks(sequence, others) > sum(len(s.block_table) for s in lower):
             self.cache.free(sequence)
             return False
-        while lower and (len(self._running) >= self.max_running or self._missing_blocks(sequence) > 0):
+        while lower and (len(self._running) >= self.max_running or self._missing_blocks(sequence, self._running) > 0):
             self._preempt(lower.pop(), step)
-        if self._missing_blocks(sequence) > 0:  # the victims' blocks were shared with others
+        if self._missing_blocks(sequence, self._running) > 0:  # the victims' blocks were shared with others
             self.cache.free(sequence)
             return False
         count = min(sequence.num_uncomputed_tokens, step.budget)
@@ -305,10 +306,16 @@ class Scheduler:
         step.take(sequence, count)
         return True
 
-    def _missing_blocks(self, sequence: Sequence) -> int:
-        """Blocks short of computing all known tokens of this sequence and of the running ones; <= 0: none."""
+    def _missing_blocks(self, sequence: Sequence, beside: list[Sequence]) -> int:
+        """Blocks short of computing all known tokens of this sequence, though a step may compute only some, and of
+        letting those beside it catch up and grow by a block; <= 0: none.
+
+        To admit on less would soon cost a preemption, and the recompute of what was just computed.
+        """
         needed = self.cache.blocks_needed(sequence, sequence.num_uncomputed_tokens)
-        needed += sum(self.cache.blocks_needed(s, s.num_uncomputed_tokens) for s in self._running)
+        for running in beside:
+            soon = min(len(running.token_ids) + self.cache.block_size, running.max_total_tokens)
+            needed += self.cache.blocks_needed(running, soon - running.num_computed_tokens)
         return needed - self.cache.num_free_blocks
 
     def _shares_with_leader(self, sequence: Sequence) -> bool:
@@ -341,12 +348,11 @@ class Scheduler:
 
 
 class _Step:
-    """A step in the making: what is left of its budget, who has how many tokens, and whether anyone was preempted."""
+    """A step in the making: what is left of its budget, and who has how many tokens."""
 
     def __init__(self, budget: int) -> None:
         self.budget = budget
         self.tokens: dict[Sequence, int] = {}
-        self.preempted = False
 
     def take(self, sequence: Sequence, count: int) -> None:
         assert 0 < count <= self.budget
@@ -355,4 +361,3 @@ class _Step:
 
     def drop(self, sequence: Sequence) -> None:
         self.budget += self.tokens.pop(sequence, 0)
-        self.preempted = True
