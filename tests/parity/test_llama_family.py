@@ -95,7 +95,7 @@ def test_llama_rope(tmp_path: Path, rope: dict[str, Any]) -> None:
 
 
 def test_llama_dynamic_rope(tmp_path: Path) -> None:
-    """Dynamic scaling stretches beyond the trained context by each sequence's own length, whatever it is packed with."""
+    """Beyond the trained context each sequence is stretched by its own length, whatever it is packed with."""
     rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
     config = LlamaConfig(**{**SIZES, "max_position_embeddings": 32}, rope_parameters=rope)
     reference = randomize(LlamaForCausalLM(config), 1)
