@@ -1,0 +1,265 @@
+"""The worker process: one engine, one loop, one device.
+
+Takes commands, steps the requests, advances the jobs, sends what came out; sleeps in poll when there is nothing to do.
+Everything happens in this one thread, so whatever a command changes is whole before the next step sees it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import logging
+import signal
+import time
+from collections.abc import Iterator
+from types import FrameType
+
+import msgspec
+import torch
+import zmq
+
+from engine.engine import Engine
+from engine.errors import EngineError, InternalError, OutOfMemoryError
+from engine.jobs import JobEvent
+from server.logs import configure_logging
+from server.workers.messages import (
+    Abort,
+    AdapterPath,
+    AddRequest,
+    AnyCommand,
+    Call,
+    CancelJob,
+    CheckpointJobs,
+    DeleteAdapter,
+    Failure,
+    Heartbeat,
+    ImportAdapter,
+    JobEvents,
+    ListAdapters,
+    LoadAdapter,
+    LoadAdapterVersion,
+    LoadModel,
+    Outputs,
+    Ready,
+    Reply,
+    Report,
+    RequestFailed,
+    Shutdown,
+    StartFailed,
+    StartJob,
+    Tagged,
+    UnloadAdapter,
+    UnloadModel,
+    WorkerConfig,
+    decode_command,
+    encode,
+    reply,
+)
+from server.workers.process import die_with_parent, read_config
+
+logger = logging.getLogger(__name__)
+
+MAX_FAILED_STEPS = 3
+"""Steps that may fail in a row before the engine is taken for broken (a CUDA context does not survive every fault)."""
+
+
+class Worker:
+    """The loop of one engine.
+
+    Args:
+        engine: does the work.
+        socket: a connected DEALER.
+        heartbeat_interval_seconds: between heartbeats while the loop goes round.
+    """
+
+    def __init__(self, engine: Engine, socket: zmq.Socket[bytes], heartbeat_interval_seconds: float) -> None:
+        self.running = True
+        self._engine = engine
+        self._socket = socket
+        self._interval = heartbeat_interval_seconds
+        self._last_heartbeat = float("-inf")
+        self._unfinished: dict[str, int] = {}
+        self._failed_steps = 0
+
+    def run(self) -> None:
+        """Works until Shutdown, or until ``running`` is cleared."""
+        while self.running:
+            self._take_commands()
+            if self._engine.has_requests():
+                self._step()
+            if self._engine.has_jobs():
+                self._send_events(self._engine.advance_jobs())
+            self._beat()
+
+    def _take_commands(self) -> None:
+        """Does all commands that are there; waits for one, up to a heartbeat, where there is no work."""
+        idle = not (self._engine.has_requests() or self._engine.has_jobs())
+        timeout = int(self._interval * 1000) if idle else 0
+        while self.running and self._socket.poll(timeout):
+            data = self._socket.recv()
+            try:
+                command = decode_command(data)
+            except msgspec.DecodeError as error:
+                logger.warning("dropped %d bytes that are no command: %s", len(data), error)
+                continue
+            self._do(command)
+            timeout = 0
+
+    def _do(self, command: AnyCommand) -> None:
+        """Carries out a command. What goes wrong in it is its sender's answer and nobody else's trouble."""
+        try:
+            match command:
+                case AddRequest(request=request):
+                    self._engine.add_request(request)
+                    self._unfinished[request.request_id] = request.n
+                case Abort(request_id=request_id):
+                    self._unfinished.pop(request_id, None)
+                    self._engine.abort(request_id)
+                case Shutdown():
+                    self.running = False
+                case Call():
+                    self._send(reply(command.call_id, self._answer(command)))
+        except Exception as error:  # noqa: BLE001 - becomes the answer
+            failure = Failure.of(_engine_error(error, type(command).__name__))
+            if isinstance(command, AddRequest):
+                self._send(RequestFailed(request_id=command.request.request_id, failure=failure))
+            elif isinstance(command, Call):
+                self._send(Reply(call_id=command.call_id, failure=failure))
+
+    def _answer(self, call: Call) -> object:
+        """Carries out a call; returns the value of its reply."""
+        engine = self._engine
+        match call:
+            case LoadModel(name=name, path=path):
+                with self._busy(f"loading model {name}"):
+                    return engine.load_model(name, path)
+            case UnloadModel(name=name):
+                engine.unload_model(name)
+                _release_memory()
+            case StartJob(job=job):
+                engine.start_job(job.spec())
+            case CancelJob(job_id=job_id):
+                self._send_events([engine.cancel_job(job_id)])
+            case CheckpointJobs():
+                with self._busy("checkpointing jobs"):
+                    self._send_events(engine.checkpoint_jobs())
+            case ListAdapters(model=model):
+                return engine.adapters(model)
+            case LoadAdapter(model=model, name=name, path=path):
+                return engine.load_adapter(model, name, path)
+            case LoadAdapterVersion(model=model, name=name, version=version):
+                return engine.load_adapter_version(model, name, version)
+            case ImportAdapter(model=model, name=name, staged_dir=staged_dir):
+                return engine.import_adapter(model, name, staged_dir)
+            case UnloadAdapter(model=model, name=name):
+                engine.unload_adapter(model, name)
+            case DeleteAdapter(model=model, name=name, version=version):
+                engine.delete_adapter(model, name, version)
+            case AdapterPath(model=model, name=name, version=version):
+                return str(engine.adapter_path(model, name, version))
+            case _:
+                raise InternalError(f"a worker has no answer to {type(call).__name__}")
+        return None
+
+    def _step(self) -> None:
+        """One step of the requests. The engine confines what goes wrong to the batch; what escapes it ends them all:
+        outputs of the step are lost, and a stream must not go on with a hole."""
+        try:
+            outputs = self._engine.step()
+        except Exception as error:
+            self._failed_steps += 1
+            failure = Failure.of(_engine_error(error, "step"))
+            ended, self._unfinished = self._unfinished, {}
+            for request_id in ended:
+                self._engine.abort(request_id)
+                self._send(RequestFailed(request_id=request_id, failure=failure))
+            _release_memory()
+            if self._failed_steps >= MAX_FAILED_STEPS:
+                raise
+            return
+        self._failed_steps = 0
+        for output in outputs:
+            if output.finish_reason and output.request_id in self._unfinished:
+                self._unfinished[output.request_id] -= 1
+                if not self._unfinished[output.request_id]:
+                    del self._unfinished[output.request_id]
+        # A prefill chunk that brought no token yet is no news.
+        if told := [output for output in outputs if output.token_ids or output.finish_reason]:
+            self._send(Outputs(outputs=told))
+
+    def _beat(self) -> None:
+        now = time.monotonic()
+        if now - self._last_heartbeat >= self._interval:
+            self._last_heartbeat = now
+            self._send(Heartbeat(stats=self._engine.stats()))
+
+    @contextlib.contextmanager
+    def _busy(self, doing: str) -> Iterator[None]:
+        """Tells beforehand that the loop will stand still, so that it is not taken for hung."""
+        self._send(Heartbeat(busy=doing))
+        try:
+            yield
+        finally:
+            self._send(Heartbeat())
+
+    def _send_events(self, events: list[JobEvent]) -> None:
+        if events:
+            self._send(JobEvents(events=[Tagged.of(event) for event in events]))
+
+    def _send(self, report: Report) -> None:
+        self._socket.send(encode(report))
+
+
+def _engine_error(error: Exception, doing: str) -> EngineError:
+    """The error to report; what the engine did not raise on purpose is logged with its traceback."""
+    if isinstance(error, EngineError):
+        return error
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        _release_memory()
+        return OutOfMemoryError(f"{doing} needs more memory than there is: {error}")
+    logger.error("%s failed", doing, exc_info=error)
+    return InternalError(f"{doing} failed: {type(error).__name__}: {error}")
+
+
+def _release_memory() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def serve(config: WorkerConfig) -> int:
+    """Runs a worker to its end. Returns the exit status."""
+    context = zmq.Context()
+    socket: zmq.Socket[bytes] = context.socket(zmq.DEALER)
+    socket.setsockopt(zmq.IDENTITY, config.identity.encode())
+    # Unbounded, so that a front end that is slow for a while cannot stop the engine.
+    socket.set_hwm(0)
+    # The last messages get this long to leave when the worker ends.
+    socket.setsockopt(zmq.LINGER, 2000)
+    socket.connect(config.endpoint)
+    try:
+        try:
+            engine = Engine(config.engine)
+        except EngineError as error:
+            socket.send(encode(StartFailed(failure=Failure.of(error))))
+            return 1
+        worker = Worker(engine, socket, config.heartbeat_interval_seconds)
+
+        def stop(signum: int, frame: FrameType | None) -> None:
+            worker.running = False
+
+        signal.signal(signal.SIGTERM, stop)
+        socket.send(encode(Ready(device=str(engine.device))))
+        worker.run()
+        return 0
+    finally:
+        socket.close()
+        context.term()
+
+
+def main() -> None:
+    """Entry of the process: configuration on standard input, then the loop."""
+    config = read_config()
+    die_with_parent()
+    configure_logging(config.log_level, config.log_format)
+    raise SystemExit(serve(config))
