@@ -191,7 +191,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         self.budget.spend()
         return ""
 
-    def concat(self, parts: Iterable[str]) -> str:  # type: ignore[override]
+    def concat(self, parts: Iterable[str]) -> str:
         """What Jinja joins captured output with."""
         texts = list(parts)
         check_size(sum(map(len, texts)))
