@@ -29,7 +29,7 @@ def generate(destination: Path) -> None:
     """
     protos = sorted((PROTO / PACKAGE).glob("*.proto"))
     services = [path for path in protos if any(line.startswith("service ") for line in path.read_text().splitlines())]
-    _protoc(["--python_out", "--pyi_out"], protos, destination)
+    _protoc(["--python_out", "--mypy_out"], protos, destination)
     # Files without a service would give empty gRPC modules.
     _protoc(["--grpc_python_out", "--mypy_grpc_out"], services, destination)
     (destination / PACKAGE / "__init__.py").write_text(INIT)
@@ -39,7 +39,7 @@ def _protoc(outputs: list[str], protos: list[Path], destination: Path) -> None:
     command = [sys.executable, "-m", "grpc_tools.protoc", f"-I{PROTO}"]
     command += [f"{output}={destination}" for output in outputs]
     command += [str(path) for path in protos]
-    # protoc looks for protoc-gen-mypy_grpc on the PATH, and the environment's bin need not be on it.
+    # protoc looks for protoc-gen-mypy and protoc-gen-mypy_grpc on the PATH, and the environment's bin need not be on it.
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PATH": path}, check=False)
     if done.returncode != 0:
@@ -52,9 +52,8 @@ def stale_files() -> list[str]:
         generate(_made(Path(scratch)))
         fresh = _contents(Path(scratch) / PACKAGE)
     committed = _contents(OUTPUT / PACKAGE)
-    return sorted(
-        str(PACKAGE / name) for name in fresh.keys() | committed.keys() if fresh.get(name) != committed.get(name)
-    )
+    differing = {name for name in fresh.keys() | committed.keys() if fresh.get(name) != committed.get(name)}
+    return sorted(str(PACKAGE / name) for name in differing)
 
 
 def _made(directory: Path) -> Path:
