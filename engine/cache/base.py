@@ -79,6 +79,10 @@ class CacheManager(ABC):
         """Gives back all that the sequence holds; it then counts as not computed. Idempotent."""
 
     @abstractmethod
+    def discard(self, sequence: CachedSequence) -> None:
+        """``free`` for contents that may be faulty, as of a failed step: nobody finds them afterwards."""
+
+    @abstractmethod
     def blocks_needed(self, sequence: CachedSequence, num_tokens: int) -> int:
         """Blocks that ``allocate`` of as many tokens would take from the free ones."""
 

@@ -85,6 +85,11 @@ class FullAttentionManager(CacheManager):
         sequence.block_table.clear()
         sequence.num_computed_tokens = 0
 
+    def discard(self, sequence: CachedSequence) -> None:
+        for block in sequence.block_table:
+            self.pool.forget(block)
+        self.free(sequence)
+
     def blocks_needed(self, sequence: CachedSequence, num_tokens: int) -> int:
         total = -(-(sequence.num_computed_tokens + num_tokens) // self.block_size)
         return max(0, total - len(sequence.block_table))

@@ -206,7 +206,10 @@ class Scheduler:
         """
         assert not sequence.is_finished, "a sequence ends once"
         (self._running if sequence.status is SequenceStatus.RUNNING else self._waiting).remove(sequence)
-        self.cache.free(sequence)
+        if reason == "error":
+            self.cache.discard(sequence)  # logits that are not finite may come from keys and values that are not
+        else:
+            self.cache.free(sequence)
         sequence.status = SequenceStatus.FINISHED
         sequence.finish_reason = reason
         sequence.error = error
@@ -255,8 +258,8 @@ class Scheduler:
             if sequence.status is SequenceStatus.RUNNING:
                 self._continue(sequence, step)
             elif admitting and not self._shares_with_leader(sequence):
-                # None overtakes one that finds no room, or that one might wait for ever.
-                admitting = self._admit(sequence, step)
+                # None overtakes one that finds no room or has just lost it, or that one might wait for ever.
+                admitting = not step.preempted_before(sequence) and self._admit(sequence, step)
         entries = [ScheduledSequence(sequence, count) for sequence, count in step.tokens.items()]
         assert entries or not self.has_unfinished(), "nothing scheduled, yet something is unfinished"
         return ScheduledBatch(entries)
@@ -348,11 +351,12 @@ class Scheduler:
 
 
 class _Step:
-    """A step in the making: what is left of its budget, and who has how many tokens."""
+    """A step in the making: what is left of its budget, who has how many tokens, and who was preempted for it."""
 
     def __init__(self, budget: int) -> None:
         self.budget = budget
         self.tokens: dict[Sequence, int] = {}
+        self.preempted: list[Sequence] = []
 
     def take(self, sequence: Sequence, count: int) -> None:
         assert 0 < count <= self.budget
@@ -361,3 +365,8 @@ class _Step:
 
     def drop(self, sequence: Sequence) -> None:
         self.budget += self.tokens.pop(sequence, 0)
+        self.preempted.append(sequence)
+
+    def preempted_before(self, sequence: Sequence) -> bool:
+        """Whether one that comes before this sequence has been preempted."""
+        return any(other.order() < sequence.order() for other in self.preempted)

@@ -216,6 +216,16 @@ class ManagerMachine(RuleBasedStateMachine):
         assert holder.num_computed_tokens == 0
         self.holders.remove(holder)
 
+    @precondition(lambda self: self.holders)
+    @rule(data=st.data())
+    def fail(self, data: st.DataObject) -> None:
+        """One holder's contents turn out to be faulty: they may be held still, but not found."""
+        holder = data.draw(st.sampled_from(self.holders))
+        faulty = list(holder.block_table)
+        self.manager.discard(holder)
+        assert all(self.manager.pool.hash_of(block) is None for block in faulty)
+        self.holders.remove(holder)
+
     @invariant()
     def contents_are_right(self) -> None:
         for holder in self.holders:

@@ -7,7 +7,7 @@ import pytest
 from engine.cache.full import FullAttentionManager
 from engine.core.scheduler import DEFAULT_RETRY_SECONDS, ScheduledBatch, Scheduler
 from engine.core.sequence import Sequence, SequenceStatus, new_sequences
-from engine.errors import InvalidArgumentError, OutOfRangeError, OverloadedError
+from engine.errors import InternalError, InvalidArgumentError, OutOfRangeError, OverloadedError
 from engine.lora.adapter import Adapter
 from engine.request import Request, SamplingParams
 
@@ -161,6 +161,17 @@ def test_priority_preempts_and_equal_priority_does_not() -> None:
     assert list(run(scheduler)) == ["equal"]
 
 
+def test_those_behind_a_preempted_sequence_do_not_take_its_place() -> None:
+    """What an urgent request leaves of the blocks that it took is not for later arrivals."""
+    scheduler = make(blocks=8)
+    (early,) = add(scheduler, "early", 21, priority=1)
+    run(scheduler)
+    add(scheduler, "late", 3, priority=1)
+    add(scheduler, "urgent", 13, priority=0)
+    assert run(scheduler) == {"urgent": 13}
+    assert early.status is SequenceStatus.WAITING
+
+
 def test_urgent_request_does_not_preempt_in_vain() -> None:
     """If even all lower ones' blocks would not do, they keep them."""
     scheduler = make(blocks=10)
@@ -170,6 +181,18 @@ def test_urgent_request_does_not_preempt_in_vain() -> None:
     add(scheduler, "large", 36, priority=0)
     assert run(scheduler) == {"urgent": 1, "low": 1}
     assert scheduler.stats.preemptions == 0
+
+
+def test_what_a_failed_sequence_computed_is_never_shared() -> None:
+    """Its keys and values may be the cause: the next request with the same prompt computes its own."""
+    scheduler = make(budget=8)
+    (failed,) = add(scheduler, "failed", list(range(1, 14)))
+    run(scheduler)
+    scheduler.schedule()
+    scheduler.finish(failed, "error", InternalError("logits are not finite"))
+    (after,) = add(scheduler, "after", list(range(1, 14)))
+    run(scheduler)
+    assert after.num_cached_tokens == 0
 
 
 def test_completions_of_one_request_compute_their_prompt_once() -> None:
