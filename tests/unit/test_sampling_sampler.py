@@ -79,7 +79,7 @@ def test_draws_follow_the_filtered_distribution(params: dict[str, Any]) -> None:
     rounds, rows = 6000, 500
     counts = torch.zeros(V, dtype=torch.int64)
     for start in range(0, rounds, rows):
-        batch = []
+        batch: list[Sequence] = []
         for _ in range(rows):
             (copy,) = make(seed=11, **params)
             copy.token_ids = copy.token_ids[:2] + [1] * (start + len(batch))

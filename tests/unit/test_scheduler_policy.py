@@ -317,4 +317,11 @@ def test_adapters_of_waiting_and_running() -> None:
 def test_limits_are_validated(field: str) -> None:
     limits = {"max_batch_tokens": 8, "max_running": 8, "max_waiting": 8, "max_model_len": 8, field: -1}
     with pytest.raises(InvalidArgumentError, match="is -1; accepted: at least"):
-        Scheduler("m", FullAttentionManager(4, 4), **limits)
+        Scheduler(
+            "m",
+            FullAttentionManager(4, 4),
+            max_batch_tokens=limits["max_batch_tokens"],
+            max_running=limits["max_running"],
+            max_waiting=limits["max_waiting"],
+            max_model_len=limits["max_model_len"],
+        )
