@@ -156,7 +156,7 @@ class PerplexityResult(_message.Message):
     perplexity: _builtins.float
     """exp(nll)."""
     standard_error: _builtins.float
-    """Of nll."""
+    """Of nll; unset where a single token was scored."""
     num_tokens: _builtins.int
     """Scored, each once."""
     num_windows: _builtins.int
@@ -170,18 +170,23 @@ class PerplexityResult(_message.Message):
         request_id: _builtins.str = ...,
         nll: _builtins.float = ...,
         perplexity: _builtins.float = ...,
-        standard_error: _builtins.float = ...,
+        standard_error: _builtins.float | None = ...,
         num_tokens: _builtins.int = ...,
         num_windows: _builtins.int = ...,
         duration: _duration_pb2.Duration | None = ...,
         adapter_version: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_adapter_version", b"_adapter_version", "adapter_version", b"adapter_version", "duration", b"duration"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_adapter_version", b"_adapter_version", "_standard_error", b"_standard_error", "adapter_version", b"adapter_version", "duration", b"duration", "standard_error", b"standard_error"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_adapter_version", b"_adapter_version", "adapter_version", b"adapter_version", "duration", b"duration", "nll", b"nll", "num_tokens", b"num_tokens", "num_windows", b"num_windows", "perplexity", b"perplexity", "request_id", b"request_id", "standard_error", b"standard_error"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_adapter_version", b"_adapter_version", "_standard_error", b"_standard_error", "adapter_version", b"adapter_version", "duration", b"duration", "nll", b"nll", "num_tokens", b"num_tokens", "num_windows", b"num_windows", "perplexity", b"perplexity", "request_id", b"request_id", "standard_error", b"standard_error"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__adapter_version: _TypeAlias = _typing.Literal["adapter_version"]  # noqa: Y015
     _WhichOneofArgType__adapter_version: _TypeAlias = _typing.Literal["_adapter_version", b"_adapter_version"]  # noqa: Y015
+    _WhichOneofReturnType__standard_error: _TypeAlias = _typing.Literal["standard_error"]  # noqa: Y015
+    _WhichOneofArgType__standard_error: _TypeAlias = _typing.Literal["_standard_error", b"_standard_error"]  # noqa: Y015
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__adapter_version) -> _WhichOneofReturnType__adapter_version | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__standard_error) -> _WhichOneofReturnType__standard_error | None: ...
 
 Global___PerplexityResult: _TypeAlias = PerplexityResult  # noqa: Y015
