@@ -39,7 +39,7 @@ def _protoc(outputs: list[str], protos: list[Path], destination: Path) -> None:
     command = [sys.executable, "-m", "grpc_tools.protoc", f"-I{PROTO}"]
     command += [f"{output}={destination}" for output in outputs]
     command += [str(path) for path in protos]
-    # protoc looks for protoc-gen-mypy and protoc-gen-mypy_grpc on the PATH, and the environment's bin need not be on it.
+    # protoc looks for its plugins on the PATH, and the environment's bin need not be on it.
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PATH": path}, check=False)
     if done.returncode != 0:

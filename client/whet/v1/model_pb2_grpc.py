@@ -29,7 +29,7 @@ class ModelServiceStub:
     """The models and adapters that the server knows.
 
     Clients name models and adapters; where they lie on disk is the server's affair. Names are 1 to 128 characters of
-    letters, digits, ".", "_" and "-", beginning with a letter or digit.
+    letters, digits, ".", "_" and "-", beginning with a letter or digit, without "..".
     """
 
     def __init__(self, channel):
@@ -99,7 +99,7 @@ class ModelServiceServicer:
     """The models and adapters that the server knows.
 
     Clients name models and adapters; where they lie on disk is the server's affair. Names are 1 to 128 characters of
-    letters, digits, ".", "_" and "-", beginning with a letter or digit.
+    letters, digits, ".", "_" and "-", beginning with a letter or digit, without "..".
     """
 
     def ListModels(self, request, context):
@@ -249,7 +249,7 @@ class ModelService:
     """The models and adapters that the server knows.
 
     Clients name models and adapters; where they lie on disk is the server's affair. Names are 1 to 128 characters of
-    letters, digits, ".", "_" and "-", beginning with a letter or digit.
+    letters, digits, ".", "_" and "-", beginning with a letter or digit, without "..".
     """
 
     @staticmethod

@@ -30,7 +30,7 @@ class ModelServiceStub:
     """The models and adapters that the server knows.
 
     Clients name models and adapters; where they lie on disk is the server's affair. Names are 1 to 128 characters of
-    letters, digits, ".", "_" and "-", beginning with a letter or digit.
+    letters, digits, ".", "_" and "-", beginning with a letter or digit, without "..".
     """
 
     @_typing.overload
@@ -67,7 +67,7 @@ class ModelServiceAsyncStub(ModelServiceStub):
     """The models and adapters that the server knows.
 
     Clients name models and adapters; where they lie on disk is the server's affair. Names are 1 to 128 characters of
-    letters, digits, ".", "_" and "-", beginning with a letter or digit.
+    letters, digits, ".", "_" and "-", beginning with a letter or digit, without "..".
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -100,7 +100,7 @@ class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
     """The models and adapters that the server knows.
 
     Clients name models and adapters; where they lie on disk is the server's affair. Names are 1 to 128 characters of
-    letters, digits, ".", "_" and "-", beginning with a letter or digit.
+    letters, digits, ".", "_" and "-", beginning with a letter or digit, without "..".
     """
 
     @_abc_1.abstractmethod
