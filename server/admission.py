@@ -66,6 +66,11 @@ class Admission:
             self._metrics.admission_rejections_total.labels("draining").inc()
             raise UnavailableError("the server is shutting down and takes no new work", reason="DRAINING")
 
+    def check_serving(self) -> None:
+        """Raises UnavailableError while the models are loading; reading is allowed while draining."""
+        if self._state == "loading":
+            raise UnavailableError("the server is loading its models; try again soon", reason="LOADING")
+
     @contextmanager
     def reserve(self, units: int = 1) -> Iterator[None]:
         """Holds ``units`` while the body runs.

@@ -91,7 +91,7 @@ class ServerConfig(BaseSettings):
     host: str = Field(default="127.0.0.1", description="Address to listen on, for gRPC and HTTP. 0.0.0.0: all IPv4.")
     port: int = Field(default=50051, ge=0, le=65535, description="Port of gRPC; 0 takes a free one.")
     metrics_port: int = Field(
-        default=9464, ge=0, le=65535, description="Port of /metrics, /livez and /readyz; 0 takes a free one."
+        default=9090, ge=0, le=65535, description="Port of /metrics, /livez and /readyz; 0 takes a free one."
     )
     metrics_compat: Literal["none", "vllm"] = Field(
         default="none", description="vllm: also export the metric names that dashboards and scalers for vLLM read."
@@ -130,7 +130,7 @@ class ServerConfig(BaseSettings):
     kv_cache_bytes: int | None = Field(
         default=None, ge=1, description="Attention cache per model, such as 2GiB; default: planned from free memory."
     )
-    block_size: Literal[8, 16, 32, 64, 128] = Field(default=16, description="Tokens of one attention cache block.")
+    block_size: int = Field(default=16, description="Tokens of one attention cache block: 8, 16, 32, 64 or 128.")
     prefix_caching: bool = Field(default=True, description="Share cache blocks among requests with equal prefixes.")
     job_slice_ms: float = Field(
         default=50.0, gt=0, le=60_000, description="Target milliseconds of one slice of a job while requests run."
@@ -138,11 +138,14 @@ class ServerConfig(BaseSettings):
     job_share: float = Field(
         default=0.5, gt=0, le=1, description="Fraction of the engine's time that jobs may take while requests run."
     )
+    heartbeat_stale_seconds: float = Field(
+        default=20.0, gt=0, le=3600, description="A worker that is silent for so long is not healthy."
+    )
     heartbeat_timeout_seconds: float = Field(
-        default=30.0, gt=0, le=3600, description="A worker that is silent for so long is not healthy."
+        default=60.0, gt=0, le=3600, description="A worker that is silent for so long is killed and started again."
     )
     max_worker_restarts: int = Field(
-        default=5, ge=0, description="Restarts of a worker within ten minutes before the server gives up on it."
+        default=10, ge=0, description="Restarts in a row after which a worker that keeps dying stays down."
     )
 
     # --------------------------------------------------------------------------------------------------------- limits
@@ -153,7 +156,10 @@ class ServerConfig(BaseSettings):
         default=1024, ge=1, le=1 << 20, description="Calls at once on one connection; further ones wait."
     )
     max_active_requests: int = Field(
-        default=1024, ge=1, le=1 << 20, description="Calls that work at once; further ones get RESOURCE_EXHAUSTED."
+        default=1024,
+        ge=1,
+        le=1 << 20,
+        description="Completions, and other calls, in work at once; more get RESOURCE_EXHAUSTED.",
     )
     max_waiting_requests: int = Field(
         default=1024, ge=1, le=1 << 20, description="Completions that may queue in the engine."
@@ -198,6 +204,13 @@ class ServerConfig(BaseSettings):
     @classmethod
     def _read_size(cls, value: Any) -> Any:
         return parse_bytes(value) if isinstance(value, str) else value
+
+    @field_validator("block_size")
+    @classmethod
+    def _check_block_size(cls, value: int) -> int:
+        if value not in (8, 16, 32, 64, 128):
+            raise ValueError("accepted: 8, 16, 32, 64, 128")
+        return value
 
     @field_validator("model", mode="before")
     @classmethod

@@ -284,6 +284,27 @@ class RunArchive:
             db.execute("UPDATE runs SET state = ?, ended = ? WHERE run_id = ?", (state, ended, run_id))
             return self._get(db, run_id)
 
+    def reopen(self, run_id: str) -> int:
+        """Takes a run back to state "queued": the terminal event with which it had ended is no more.
+
+        Returns: sequence number of the last event that is left; -1 if there is none.
+        """
+        with self._transaction() as db:
+            db.execute(
+                "DELETE FROM events WHERE run_id = ? AND kind IN ('TrainFinished', 'JobFailed')"
+                " AND sequence = (SELECT MAX(sequence) FROM events WHERE run_id = ?)",
+                (run_id, run_id),
+            )
+            db.execute(
+                "UPDATE runs SET state = 'queued', ended = NULL, error_code = NULL, error_reason = NULL,"
+                " error_message = NULL WHERE run_id = ?",
+                (run_id,),
+            )
+            last: int = db.execute(
+                "SELECT COALESCE(MAX(sequence), -1) FROM events WHERE run_id = ?", (run_id,)
+            ).fetchone()[0]
+            return last
+
     def append(self, run_id: str, event: TrainEvent) -> EventRecord:
         """Archives an event, and what it says about its run."""
         now = time.time()

@@ -9,20 +9,10 @@ from typing import Protocol
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from engine.info import AdapterInfo, EngineStats, ModelInfo, ModelStats
+from engine.info import AdapterInfo, ModelInfo, ModelStats
+from server.workers.pool import WorkerSnapshot
 
 Family = GaugeMetricFamily | CounterMetricFamily
-
-
-@dataclass(slots=True)
-class WorkerSnapshot:
-    """What is known of one worker at the time of a scrape; None: not known."""
-
-    worker: str
-    up: bool
-    restarts: int
-    heartbeat_age_seconds: float | None = None
-    stats: EngineStats | None = None
 
 
 @dataclass(slots=True)
@@ -34,8 +24,8 @@ class Snapshot:
     adapters: list[AdapterInfo] = field(default_factory=list)
 
     def model_stats(self) -> list[ModelStats]:
-        """Statistics of every model of every worker that sent some."""
-        return [model for worker in self.workers if worker.stats is not None for model in worker.stats.models]
+        """Statistics of every model of every worker."""
+        return [model for worker in self.workers for model in worker.stats.models]
 
 
 class _Describe(Protocol):
@@ -128,7 +118,6 @@ def whet_families(snapshot: Snapshot) -> Iterator[Family]:
         restarts.add_metric([worker.worker], worker.restarts)
         if worker.heartbeat_age_seconds is not None:
             age.add_metric([worker.worker], worker.heartbeat_age_seconds)
-        if worker.stats is not None:
-            for kind, ratio in worker.stats.job_share.items():
-                share.add_metric([worker.worker, kind], ratio)
+        for kind, ratio in worker.stats.job_share.items():
+            share.add_metric([worker.worker, kind], ratio)
     yield from (up, age, restarts, share)

@@ -1,0 +1,104 @@
+"""The ``whet-server`` command: serves, or with ``pull`` fetches a model from the Hugging Face hub.
+
+Its options are the fields of ServerConfig: name, kind and help come from there.
+"""
+
+from __future__ import annotations
+
+import sys
+import types
+import typing
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import click
+from pydantic.fields import FieldInfo
+
+from engine.errors import EngineError
+from server.app import serve, server_version
+from server.config import ServerConfig, default_state_dir, load_config
+from server.logs import configure_logging
+
+_REPEATABLE = {"model": "NAME=PATH", "adapter": "NAME=MODEL:PATH"}
+_SIZES = frozenset(name for name in ServerConfig.model_fields if name.endswith("_bytes"))
+
+
+def _option(name: str, field: FieldInfo) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """The flag of one field. Values are checked by ServerConfig, so that all sources fail alike."""
+    flag = f"--{name.replace('_', '-')}"
+    text = field.description or ""
+    if name in _REPEATABLE:
+        return click.option(flag, name, multiple=True, metavar=_REPEATABLE[name], help=text)
+    kind = field.annotation
+    if typing.get_origin(kind) in (typing.Union, types.UnionType):
+        kind = next(part for part in typing.get_args(kind) if part is not type(None))
+    if field.default_factory is None and field.default is not None:
+        text += f" Default: {str(field.default).lower() if kind is bool else field.default}."
+    if kind is bool:
+        return click.option(f"{flag}/--no-{name.replace('_', '-')}", name, default=None, help=text)
+    if typing.get_origin(kind) is Literal:
+        metavar = "|".join(str(value) for value in typing.get_args(kind))
+    elif name in _SIZES:
+        metavar = "SIZE"
+    elif kind in (int, float):
+        metavar = "N"
+    elif kind is Path:
+        metavar = "PATH"
+    else:
+        metavar = "TEXT"
+    return click.option(flag, name, metavar=metavar, help=text)
+
+
+def _options(command: Callable[..., Any]) -> Callable[..., Any]:
+    for name, field in reversed(ServerConfig.model_fields.items()):
+        command = _option(name, field)(command)
+    return command
+
+
+@click.group(invoke_without_command=True, context_settings={"max_content_width": 120, "show_default": False})
+@click.version_option(server_version(), "--version", prog_name="whet-server")
+@click.option(
+    "--config", "config_file", type=click.Path(path_type=Path), metavar="FILE", help="YAML file of these options."
+)
+@_options
+@click.pass_context
+def main(context: click.Context, /, config_file: Path | None, **flags: Any) -> None:
+    """Serves, trains, quantizes, evaluates and embeds with language models over gRPC.
+
+    Every option may also be given as an environment variable (WHET_MAX_BATCH_TOKENS for --max-batch-tokens) or in the
+    file that --config names; flags win over the environment, and the environment over the file.
+    """
+    if context.invoked_subcommand is not None:
+        return
+    given = {name: value for name, value in flags.items() if value is not None and value != ()}
+    try:
+        config = load_config(given, config_file)
+    except EngineError as error:
+        click.echo(f"whet-server: {error.message}", err=True)
+        sys.exit(2)
+    configure_logging(config.log_level, config.log_format)
+    sys.exit(serve(config))
+
+
+@main.command()
+@click.argument("repository", metavar="ORG/NAME")
+@click.option("--revision", default=None, help="Branch, tag or commit. Default: the main branch.")
+@click.option("--to", "directory", type=click.Path(path_type=Path), default=None, help="Where to put it.")
+def pull(repository: str, revision: str | None, directory: Path | None) -> None:
+    """Fetches a model from the Hugging Face hub: weights as safetensors, configuration and tokenizer, nothing else.
+
+    Prints the directory, for --model NAME=PATH.
+    """
+    from server.pull import pull_model
+
+    target = directory or default_state_dir() / "hub" / repository.replace("/", "--")
+    try:
+        click.echo(pull_model(repository, revision, target))
+    except EngineError as error:
+        click.echo(f"whet-server: {error.message}", err=True)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main(prog_name="whet-server")

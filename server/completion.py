@@ -1,0 +1,99 @@
+"""The front end's half of a completion: tokens become text, and stop strings end it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from engine.request import FinishReason, RequestOutput, Timings, TokenLogprob
+from engine.tokenizer import IncrementalDetokenizer, StopStringMatcher, Tokenizer
+
+
+@dataclass(slots=True)
+class Delta:
+    """What one output adds to a completion. Attributes: logprobs: one per token, if asked for."""
+
+    index: int
+    text: str
+    token_ids: list[int]
+    logprobs: list[TokenLogprob] | None
+    finish_reason: FinishReason | None
+
+
+@dataclass(slots=True)
+class Completion:
+    """One completion in the making.
+
+    A stop string counts from the token after ``min_tokens`` on, as end-of-sequence tokens do.
+
+    Attributes:
+        finish_reason: None while it goes on.
+        stop_string, stop_token_id: what ended it, if one did.
+        timings: None until it has ended; of a completion that a stop string ended, what the front end saw.
+    """
+
+    index: int
+    tokenizer: Tokenizer
+    stop: Sequence[str]
+    min_tokens: int
+    began: float = field(default_factory=time.monotonic)
+    num_tokens: int = 0
+    finish_reason: FinishReason | None = None
+    stop_string: str | None = None
+    stop_token_id: int | None = None
+    timings: Timings | None = None
+    _detokenizer: IncrementalDetokenizer = field(init=False)
+    _matcher: StopStringMatcher = field(init=False)
+    _first_token: float | None = None
+
+    def __post_init__(self) -> None:
+        self._detokenizer = IncrementalDetokenizer(self.tokenizer)
+        self._matcher = StopStringMatcher(self.stop)
+
+    def push(self, output: RequestOutput) -> Delta:
+        """Takes the engine's output; after the end it adds nothing."""
+        if self.finish_reason is not None:
+            return Delta(self.index, "", [], None, None)
+        pieces: list[str] = []
+        taken = 0
+        for token_id in output.token_ids:
+            taken += 1
+            self.num_tokens += 1
+            if output.stop_token_id is not None and taken == len(output.token_ids):
+                break  # the stop token itself is no text
+            pieces.append(self._add(self._detokenizer.append((token_id,))))
+            if self.finish_reason is not None:
+                break
+        if taken and self._first_token is None:
+            self._first_token = time.monotonic()
+        if self.finish_reason is None and output.finish_reason is not None:
+            pieces.append(self._add(self._detokenizer.finish()))
+            if self.finish_reason is None:
+                pieces.append(self._matcher.flush())
+                self.stop_token_id = output.stop_token_id
+                self.finish_reason = output.finish_reason
+            self.timings = output.timings
+        elif self.finish_reason is not None:
+            self.timings = self._own_timings()
+        logprobs = output.logprobs[:taken] if output.logprobs is not None else None
+        return Delta(self.index, "".join(pieces), output.token_ids[:taken], logprobs, self.finish_reason)
+
+    def _add(self, text: str) -> str:
+        if self.num_tokens <= self.min_tokens:
+            return text
+        shown, stopped, which = self._matcher.push(text)
+        if stopped:
+            self.finish_reason, self.stop_string = "stop", which
+        return shown
+
+    def _own_timings(self) -> Timings:
+        """The engine never hears of the end by a stop string, so its clock has no say; queue and prefill are parts of
+        the time to the first token that cannot be told apart here."""
+        now = time.monotonic()
+        first = self._first_token if self._first_token is not None else now
+        return Timings(
+            decode_seconds=now - first,
+            time_to_first_token_seconds=first - self.began,
+            total_seconds=now - self.began,
+        )

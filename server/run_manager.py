@@ -1,0 +1,318 @@
+"""Training runs in progress: they go on without their callers, and whoever wants to watches them.
+
+The archive is the one source of events. A watcher reads it up to its end, then waits to be told that there is more; so
+it sees what is past and what is new in one sequence, without gaps and without repetitions, however slow it is.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from engine.errors import EngineError, FailedPreconditionError, OverloadedError, UnavailableError
+from engine.jobs import (
+    JobEvent,
+    JobFailed,
+    TrainCheckpoint,
+    TrainEvaluation,
+    TrainFinished,
+    TrainSpec,
+    TrainStep,
+)
+from server.metrics import Metrics
+from server.runs import EventRecord, RunArchive, RunKind, RunRecord, RunState, TrainEvent, is_train_event
+from server.workers.pool import WorkerPool
+
+logger = logging.getLogger("whet.runs")
+
+T = TypeVar("T")
+
+
+@dataclass(slots=True)
+class _LiveRun:
+    """Attributes: more: set, and replaced by a new one, whenever the archive has something new of the run."""
+
+    model: str
+    adapter: str
+    events: asyncio.Queue[JobEvent] = field(default_factory=asyncio.Queue)
+    more: asyncio.Event = field(default_factory=asyncio.Event)
+    follower: asyncio.Task[None] | None = None
+
+    def announce(self) -> None:
+        """Wakes the watchers."""
+        more, self.more = self.more, asyncio.Event()
+        more.set()
+
+
+class RunManager:
+    """Starts, follows, cancels and resumes runs.
+
+    Args:
+        archive: where all of it is written.
+        pool: computes.
+        max_active: runs at once, queued ones included.
+    """
+
+    def __init__(self, archive: RunArchive, pool: WorkerPool, metrics: Metrics, max_active: int) -> None:
+        self._archive = archive
+        self._pool = pool
+        self._metrics = metrics
+        self._max_active = max_active
+        self._live: dict[str, _LiveRun] = {}
+        # One thread: writes come in order, and a slow disk holds up no stream.
+        self._disk = ThreadPoolExecutor(1, thread_name_prefix="archive")
+
+    async def _on_disk(self, function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._disk, lambda: function(*args, **kwargs))
+
+    # ------------------------------------------------------------------------------------------------------ archive
+
+    async def get(self, run_id: str) -> RunRecord:
+        """The run of that id; NotFoundError if there is none."""
+        return await self._on_disk(self._archive.get, run_id)
+
+    async def find_request(self, request_id: str) -> RunRecord | None:
+        """The run that a call with this idempotency key began, if any."""
+        return await self._on_disk(self._archive.find_request, request_id)
+
+    async def page(
+        self, *, limit: int, before: int | None, model: str, adapter: str, state: RunState | None
+    ) -> list[RunRecord]:
+        """Runs, newest first."""
+        return await self._on_disk(
+            self._archive.page, limit=limit, before=before, model=model, adapter=adapter, state=state
+        )
+
+    def is_live(self, run_id: str) -> bool:
+        """Whether it is queued or running."""
+        return run_id in self._live
+
+    def live_of(self, model: str) -> list[str]:
+        """Ids of the live runs of a model."""
+        return [run_id for run_id, run in self._live.items() if run.model == model]
+
+    def check_capacity(self) -> None:
+        """Raises OverloadedError if one run more would be too many."""
+        if len(self._live) >= self._max_active:
+            self._metrics.admission_rejections_total.labels("runs_full").inc()
+            raise OverloadedError(
+                f"{len(self._live)} training runs are active; accepted: at most {self._max_active}",
+                reason="RUNS_FULL",
+                retry_after_seconds=5.0,
+            )
+
+    # ----------------------------------------------------------------------------------------------------- lifetime
+
+    async def start(
+        self, spec: TrainSpec, *, kind: RunKind, request_id: str | None, config: str, dataset: str
+    ) -> RunRecord:
+        """Archives a run and hands it to a worker.
+
+        Raises:
+            OverloadedError: too many are active.
+            AlreadyExistsError: of this request_id.
+            EngineError: the engine did not accept it; the archive says so, too.
+        """
+        self.check_capacity()
+        live = self._live[spec.job_id] = _LiveRun(spec.model, spec.adapter)
+        try:
+            await self._on_disk(
+                self._archive.create, spec=spec, kind=kind, request_id=request_id, config=config, dataset=dataset
+            )
+        except BaseException:
+            del self._live[spec.job_id]
+            raise
+        return await self._launch(spec, live)
+
+    async def resume(self, run_id: str) -> int:
+        """Goes on with a run from its last checkpoint. Returns the sequence number of its last event so far.
+
+        Raises:
+            NotFoundError: there is no such run.
+            FailedPreconditionError: it is running, or has ended.
+        """
+        record = await self.get(run_id)
+        if record.state not in ("interrupted", "cancelled") or run_id in self._live:
+            raise FailedPreconditionError(
+                f"run {run_id} is {record.state}; accepted: one that is interrupted or cancelled",
+                field="run_id",
+                reason="RUN_NOT_RESUMABLE",
+            )
+        self.check_capacity()
+        live = self._live[run_id] = _LiveRun(record.model, record.adapter)
+        try:
+            last = await self._on_disk(self._archive.reopen, run_id)
+        except BaseException:
+            del self._live[run_id]
+            raise
+        await self._launch(record.train_spec(), live)
+        return last
+
+    async def _launch(self, spec: TrainSpec, live: _LiveRun) -> RunRecord:
+        live.follower = asyncio.create_task(self._follow(spec.job_id, live), name=f"run-{spec.job_id}")
+        try:
+            # In a task of its own: a caller that leaves right now must not leave a job behind that nobody follows.
+            await asyncio.shield(asyncio.create_task(self._pool.start_job(spec, live.events.put_nowait)))
+        except EngineError as error:
+            live.events.put_nowait(
+                JobFailed(
+                    job_id=spec.job_id,
+                    error_code=error.code,
+                    error_message=error.message,
+                    error_reason=error.reason,
+                    error_field=error.field,
+                )
+            )
+            await live.follower
+            raise
+        return await self.get(spec.job_id)
+
+    async def cancel(self, run_id: str) -> RunRecord:
+        """Ends a run after its present slice; does nothing to one that has ended.
+
+        Raises:
+            NotFoundError: there is no such run.
+        """
+        record = await self.get(run_id)
+        live = self._live.get(run_id)
+        if live is not None:
+            try:
+                await self._pool.cancel_job(run_id)
+            except EngineError as error:
+                if error.code != "not_found":  # it has just ended by itself
+                    raise
+            if live.follower is not None:
+                # Slices are short: most callers want to see the run cancelled, and need not ask again.
+                await asyncio.wait({live.follower}, timeout=5.0)
+        elif record.state == "interrupted":
+            return await self._on_disk(self._archive.set_state, run_id, "cancelled")
+        return await self.get(run_id)
+
+    async def close(self, timeout: float) -> None:
+        """Waits for the followers to archive the last events; runs that are still live count as interrupted."""
+        followers = {run.follower for run in self._live.values() if run.follower is not None}
+        if followers:
+            await asyncio.wait(followers, timeout=timeout)
+        for run_id, run in list(self._live.items()):
+            if run.follower is not None:
+                run.follower.cancel()
+            await self._end(run_id, run, "interrupted")
+        self._disk.shutdown()
+        self._archive.close()
+
+    # ------------------------------------------------------------------------------------------------------- events
+
+    async def _follow(self, run_id: str, live: _LiveRun) -> None:
+        """Archives the events of a run up to its terminal one."""
+        try:
+            while True:
+                event = await live.events.get()
+                if not is_train_event(event):
+                    logger.error("run %s brought a %s, which no run has", run_id, type(event).__name__)
+                    continue
+                if isinstance(event, JobFailed) and _is_interruption(event):
+                    await self._end(run_id, live, "interrupted")
+                    return
+                await self._on_disk(self._archive.append, run_id, event)
+                self._measure(live, event)  # type: ignore[arg-type]
+                if isinstance(event, (TrainFinished, JobFailed)):
+                    break
+                live.announce()
+        except asyncio.CancelledError:
+            raise
+        except Exception:
+            logger.exception("run %s can not be archived; it is cancelled", run_id)
+            await self._pool.cancel_job(run_id)
+        finally:
+            self._live.pop(run_id, None)
+            self._metrics.forget_run(live.model, live.adapter)
+            live.announce()
+
+    async def _end(self, run_id: str, live: _LiveRun, state: RunState) -> None:
+        await self._on_disk(self._archive.set_state, run_id, state)
+        self._metrics.train_runs_total.labels(live.model, state).inc()
+        self._live.pop(run_id, None)
+        live.announce()
+
+    def _measure(self, live: _LiveRun, event: TrainEvent) -> None:
+        metrics, labels = self._metrics, (live.model, live.adapter)
+        match event:
+            case TrainStep():
+                readings = {
+                    "train_loss": event.loss,
+                    "train_gradient_norm": event.grad_norm,
+                    "train_learning_rate": event.learning_rate,
+                    "train_step": event.step,
+                    "train_tokens_per_second": event.tokens_per_second,
+                }
+                for name, value in readings.items():
+                    if value is not None:
+                        metrics.train_gauges[name].labels(*labels).set(value)
+                if event.skipped:
+                    metrics.train_skipped_steps_total.labels(*labels).inc()
+                elif event.step > 0:
+                    metrics.train_steps_total.labels(*labels).inc()
+            case TrainEvaluation():
+                metrics.train_gauges["train_evaluation_loss"].labels(*labels).set(event.nll)
+            case TrainCheckpoint():
+                metrics.train_checkpoint_seconds.labels("train").observe(event.seconds)
+            case TrainFinished():
+                metrics.train_runs_total.labels(live.model, "finished").inc()
+            case JobFailed():
+                outcome = "cancelled" if event.error_code == "cancelled" else "failed"
+                metrics.train_runs_total.labels(live.model, outcome).inc()
+            case _:
+                pass
+
+    async def watch(
+        self, run_id: str, from_step: int = 0, after: int = -1
+    ) -> AsyncGenerator[tuple[EventRecord, RunRecord], None]:
+        """Yields the events of a run, past and to come, up to its end or interruption.
+
+        Args:
+            from_step: leave out events of earlier steps.
+            after: leave out events up to this sequence number.
+        Raises:
+            NotFoundError: there is no such run.
+        """
+        while True:
+            live = self._live.get(run_id)
+            more = live.more if live is not None else None  # before reading: what comes later sets it
+            batch = await self._on_disk(self._archive.events, run_id, after=after, from_step=from_step)
+            record = await self.get(run_id)
+            for event in batch:
+                after = event.sequence
+                yield event, record
+            if batch:
+                continue
+            if more is None:
+                return
+            await more.wait()
+
+    async def outcome(self, run_id: str) -> RunRecord:
+        """The run once it has ended.
+
+        Raises:
+            UnavailableError: it was interrupted.
+        """
+        while (live := self._live.get(run_id)) is not None:
+            await live.more.wait()
+        record = await self.get(run_id)
+        if record.state == "interrupted":
+            raise interrupted(run_id)
+        return record
+
+
+def interrupted(run_id: str) -> UnavailableError:
+    """The error of a call whose run was interrupted under it."""
+    return UnavailableError(
+        f"run {run_id} was interrupted; ResumeRun goes on with it from its last checkpoint", reason="RUN_INTERRUPTED"
+    )
+
+
+def _is_interruption(event: JobFailed) -> bool:
+    return event.error_reason in ("INTERRUPTED", "DRAINING")

@@ -1,0 +1,115 @@
+"""EmbeddingService: Embed."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from contextlib import aclosing
+
+from engine.errors import InternalError, InvalidArgumentError, OutOfRangeError
+from engine.jobs import EmbedFinished, EmbedSpec
+from server import convert
+from server.errors import over_limit
+from server.models import ReadyModel
+from server.prompts import check_token_ids
+from server.rpc import Context, current_call, new_request_id
+from server.services.base import Services
+from whet.v1 import embedding_pb2, embedding_pb2_grpc
+
+# Which of a model's own prompts serves which purpose; models spell the second one differently.
+_PURPOSES = {
+    embedding_pb2.INPUT_TYPE_QUERY: ("query",),
+    embedding_pb2.INPUT_TYPE_DOCUMENT: ("document", "passage"),
+}
+
+
+class EmbeddingService(embedding_pb2_grpc.EmbeddingServiceServicer):
+    """Vectors from texts."""
+
+    def __init__(self, services: Services) -> None:
+        self._services = services
+
+    async def Embed(self, request: embedding_pb2.EmbedRequest, context: Context) -> embedding_pb2.EmbedResponse:
+        """Embeds inputs; see the proto file."""
+        began = time.monotonic()
+        with self._services.working_on(request.model) as model:
+            spec = await self._spec(request, model)
+            finished: EmbedFinished | None = None
+            async with aclosing(self._services.job_events(spec)) as events:
+                async for event in events:
+                    if isinstance(event, EmbedFinished):
+                        finished = event
+            if finished is None:
+                raise InternalError("the job ended without a result")
+            self._services.metrics.embed_texts_total.labels(model.name).inc(len(spec.inputs))
+            current_call().notes["inputs"] = len(spec.inputs)
+            seconds = time.monotonic() - began
+            return await asyncio.to_thread(
+                convert.to_embeddings, finished, request_id=current_call().request_id, seconds=seconds
+            )
+
+    async def _spec(self, request: embedding_pb2.EmbedRequest, model: ReadyModel) -> EmbedSpec:
+        config = self._services.config
+        if not request.inputs:
+            raise InvalidArgumentError("inputs is empty; accepted: at least one", field="inputs")
+        if len(request.inputs) > config.max_embed_inputs:
+            raise over_limit("inputs", len(request.inputs), config.max_embed_inputs, "inputs")
+        pooling = convert.from_enum(request.pooling, convert.POOLINGS, "", "pooling") or None
+        dimensions = None
+        if request.HasField("dimensions"):
+            dimensions = convert.integer(request.dimensions, "dimensions", 1, model.info.embedding_dimensions)
+        adapter, version = convert.from_adapter(request.adapter)
+        prefix = self._prefix(request, model)
+        inputs = await asyncio.to_thread(self._tokenize, request, model, prefix)
+        return EmbedSpec(
+            job_id=new_request_id(),
+            model=model.name,
+            inputs=inputs,
+            pooling=pooling,  # type: ignore[arg-type]
+            normalize=request.normalize if request.HasField("normalize") else True,
+            dimensions=dimensions,
+            adapter=adapter,
+            adapter_version=version,
+        )
+
+    @staticmethod
+    def _prefix(request: embedding_pb2.EmbedRequest, model: ReadyModel) -> str:
+        if request.input_type == embedding_pb2.INPUT_TYPE_UNSPECIFIED:
+            return ""
+        if request.input_type not in _PURPOSES:
+            raise convert.reject("input_type", request.input_type, f"the enum values 0 to {max(_PURPOSES)}")
+        prompts = model.entry.prompts
+        return next((prompts[name] for name in _PURPOSES[request.input_type] if name in prompts), "")
+
+    def _tokenize(self, request: embedding_pb2.EmbedRequest, model: ReadyModel, prefix: str) -> list[list[int]]:
+        """Runs in a thread. All limits are checked as it goes, so that no more is tokenised than is accepted."""
+        config, info = self._services.config, model.info
+        longest = info.max_model_len
+        inputs: list[list[int]] = []
+        total = 0
+        for index, message in enumerate(request.inputs):
+            field = f"inputs[{index}]"
+            kind = message.WhichOneof("input")
+            if kind == "text":
+                if not message.text:
+                    raise InvalidArgumentError(f"{field} is empty; accepted: at least one character", field=field)
+                if len(message.text) > config.max_prompt_chars:
+                    raise over_limit(field, len(message.text), config.max_prompt_chars, "characters")
+                try:
+                    ids = model.tokenizer.encode(prefix + message.text)
+                except InvalidArgumentError as error:
+                    raise InvalidArgumentError(error.message, field=field, reason=error.reason) from None
+            elif kind == "token_ids":
+                ids = list(message.token_ids.ids)
+            else:
+                raise InvalidArgumentError(f"{field} is empty; accepted: text or token_ids", field=field)
+            if len(ids) > longest:
+                raise OutOfRangeError(
+                    f"{field} has {len(ids)} tokens; accepted: at most {longest}, the model's context", field=field
+                )
+            check_token_ids(ids, info.vocab_size, longest, field)
+            total += len(ids)
+            if total > config.max_embed_tokens:
+                raise over_limit("inputs", total, config.max_embed_tokens, "tokens in all")
+            inputs.append(ids)
+        return inputs
