@@ -1,0 +1,61 @@
+"""Bytes that are no message, on either end of the line between front end and worker, reach nobody."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+
+import pytest
+import zmq
+import zmq.asyncio
+
+from server.workers.messages import JobEvents, Ready, Reply, encode
+from server.workers.pool import WorkerPool
+from tests.faults.workers import generate, request, until
+
+
+async def test_strangers_on_the_front_ends_socket_are_ignored(
+    pool: WorkerPool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Garbage, and well-formed messages from a peer that is no worker, are logged and dropped."""
+    assert pool._link is not None
+    context = zmq.asyncio.Context()
+    stranger = context.socket(zmq.DEALER)
+    stranger.setsockopt(zmq.IDENTITY, b"0-stranger")
+    try:
+        stranger.connect(pool._link.endpoint)
+        with caplog.at_level(logging.WARNING):
+            for data in (b"", b"\x00", os.urandom(1000), b"\x81" * 5000):
+                await stranger.send(data)
+            await stranger.send_multipart([b"a", b"b", b"c"])
+            for report in (Ready(device="cuda:7"), Reply(call_id=1), JobEvents(events=[])):
+                await stranger.send(encode(report))
+            await until(lambda: caplog.text.count("dropped") >= 8, 5)
+        assert "no live worker" in caplog.text
+        assert "no message" in caplog.text
+        assert pool.snapshot()[0].device == "cpu"
+        assert len(await generate(pool, request(8))) == 8
+    finally:
+        context.destroy(linger=0)
+
+
+async def test_a_peer_that_speaks_another_protocol_is_ignored(pool: WorkerPool) -> None:
+    assert pool._link is not None
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as stranger:
+        stranger.connect(pool._link.endpoint.removeprefix("ipc://"))
+        stranger.sendall(b"GET / HTTP/1.1\r\nHost: whet\r\n\r\n" + os.urandom(4096))
+        assert len(await generate(pool, request(8))) == 8
+
+
+async def test_garbage_to_a_worker_is_ignored(pool: WorkerPool, capfd: pytest.CaptureFixture[str]) -> None:
+    """The worker logs it, and goes on with the same process."""
+    assert pool._link is not None
+    before = pool.snapshot()[0].pid
+    worker = pool._router.replicas[0].identity.encode()
+    for data in (b"", b"\x00", os.urandom(1000), encode(Ready(device="cpu"))):
+        await pool._link._socket.send_multipart([worker, data])
+    assert len(await generate(pool, request(8))) == 8
+    after = pool.snapshot()[0]
+    assert (after.pid, after.restarts) == (before, 0)
+    assert capfd.readouterr().err.count("no command") == 4

@@ -1,0 +1,188 @@
+"""The pool when nothing fails but requests: what is refused, aborted, loaded and drained."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import sys
+from contextlib import aclosing
+from pathlib import Path
+
+import pytest
+
+from engine.config import EngineConfig
+from engine.errors import (
+    AlreadyExistsError,
+    EngineError,
+    FailedPreconditionError,
+    InvalidArgumentError,
+    NotFoundError,
+    UnavailableError,
+)
+from engine.jobs import JobFailed, PerplexityFinished, PerplexityProgress, PerplexitySpec
+from engine.request import SamplingParams
+from server.workers.pool import WorkerPool
+from tests.faults.workers import MODEL, generate, request, running_pool, until
+
+
+def perplexity(num_tokens: int, job_id: str = "ppl") -> PerplexitySpec:
+    return PerplexitySpec(
+        job_id=job_id, model=MODEL, token_ids=[i % 250 for i in range(num_tokens)], window=64, stride=32
+    )
+
+
+async def test_requests_and_jobs_are_answered_and_faults_of_one_are_its_own(pool: WorkerPool) -> None:
+    """Refusals arrive as the engine's errors, with their field, while a stream beside them is not disturbed."""
+    alone = await generate(pool, request(200))
+    beside = asyncio.create_task(generate(pool, request(200)))
+    with pytest.raises(InvalidArgumentError) as refused:
+        await generate(pool, request(prompt=[1, 999_999]))
+    assert refused.value.field == "prompt"
+    with pytest.raises(InvalidArgumentError, match="top_p"):
+        await generate(pool, request(sampling=SamplingParams(top_p=2.0)))
+    with pytest.raises(NotFoundError) as missing:
+        await generate(pool, request(model="nobody"))
+    assert missing.value.reason == "MODEL_NOT_FOUND"
+    with pytest.raises(NotFoundError):
+        await generate(pool, request(adapter="nobody"))
+    with pytest.raises(NotFoundError):
+        await pool.cancel_job("nobody")
+    assert await beside == alone
+    assert len(alone) == 200
+
+
+async def test_n_completions_all_come_to_their_end(pool: WorkerPool) -> None:
+    ends: list[int] = []
+    async with aclosing(pool.generate(request(5, n=3))) as batches:
+        async for batch in batches:
+            ends.extend(output.index for output in batch if output.finish_reason == "length")
+    assert sorted(ends) == [0, 1, 2]
+
+
+async def test_a_client_that_goes_away_frees_its_blocks(pool: WorkerPool) -> None:
+    """Closing the iterator, or cancelling its task, ends the request in the engine."""
+
+    def usage() -> float:
+        return pool.snapshot()[0].stats.models[0].kv_cache_usage_ratio
+
+    def running() -> int:
+        return pool.snapshot()[0].stats.models[0].requests_running
+
+    batches = pool.generate(request(4000))
+    await anext(batches)
+    tokens: list[int] = []
+    task = asyncio.create_task(generate(pool, request(4000, prompt=[5] * 100), tokens))
+    await until(lambda: tokens and running() == 2)
+    assert usage() > 0
+    await batches.aclose()
+    task.cancel()
+    await until(lambda: running() == 0 and usage() == 0, 5)
+    assert pool.num_streams == 0
+
+
+async def test_a_job_reports_and_ends_and_can_be_cancelled_either_way(pool: WorkerPool) -> None:
+    async with aclosing(pool.run_job(perplexity(300))) as events:
+        seen = [event async for event in events]
+    assert isinstance(seen[-1], PerplexityFinished)
+    assert all(isinstance(event, PerplexityProgress) for event in seen[:-1])
+
+    async with aclosing(pool.run_job(perplexity(200_000))) as events:
+        await anext(events)
+    await until(lambda: pool.snapshot()[0].num_jobs == 0)
+    with pytest.raises(NotFoundError):
+        await pool.cancel_job("ppl")
+
+    told: list[object] = []
+    await pool.start_job(perplexity(200_000), told.append)
+    with pytest.raises(AlreadyExistsError):
+        await pool.start_job(perplexity(100), told.append)
+    await pool.cancel_job("ppl")
+    await until(lambda: told and isinstance(told[-1], JobFailed))
+    last = told[-1]
+    assert isinstance(last, JobFailed)
+    assert last.error_code == "cancelled"
+    refused = PerplexitySpec(job_id="bad", model=MODEL, token_ids=[1, 2, 3], stride=0)
+    with pytest.raises(InvalidArgumentError, match="stride"):
+        await pool.start_job(refused, told.append)
+    with pytest.raises(InvalidArgumentError, match="stride"):
+        await anext(pool.run_job(refused))
+
+
+async def test_models_come_and_go_on_every_worker(tiny_llama: Path, tmp_path: Path) -> None:
+    async with running_pool({MODEL: tiny_llama}, tmp_path, workers=2) as pool:
+        info = await pool.load_model("second", tiny_llama)
+        assert info.name == "second"
+        assert await pool.load_model("second", tiny_llama) == info
+        assert all(snapshot.models == ["second", MODEL] for snapshot in pool.snapshot())
+        with pytest.raises(AlreadyExistsError):
+            await pool.load_model("second", tmp_path)
+        with pytest.raises(EngineError):
+            await pool.load_model("third", tmp_path / "nothing")
+        assert set(pool.models()) == {"second", MODEL}
+
+        batches = pool.generate(request(4000, model="second"))
+        await anext(batches)
+        with pytest.raises(FailedPreconditionError) as busy:
+            await pool.unload_model("second")
+        assert busy.value.reason == "MODEL_BUSY"
+        await batches.aclose()
+        await until(lambda: pool.num_streams == 0)
+        await pool.unload_model("second")
+        assert all(snapshot.models == [MODEL] for snapshot in pool.snapshot())
+        with pytest.raises(NotFoundError):
+            await generate(pool, request(model="second"))
+        assert len(await generate(pool, request())) == 8
+
+
+async def test_load_goes_to_the_least_loaded_worker(tiny_llama: Path, tmp_path: Path) -> None:
+    async with running_pool({MODEL: tiny_llama}, tmp_path, workers=2) as pool:
+        streams = [pool.generate(request(4000)) for _ in range(4)]
+        for stream in streams:
+            await anext(stream)
+        assert [snapshot.num_streams for snapshot in pool.snapshot()] == [2, 2]
+        for stream in streams:
+            await stream.aclose()
+
+
+async def test_a_drain_lets_streams_finish_and_refuses_new_ones(tiny_llama: Path, tmp_path: Path) -> None:
+    async with running_pool({MODEL: tiny_llama}, tmp_path) as pool:
+        tokens: list[int] = []
+        stream = asyncio.create_task(generate(pool, request(1500), tokens))
+        await until(lambda: tokens)
+        stopping = asyncio.create_task(pool.stop(drain_seconds=60))
+        await asyncio.sleep(0)
+        with pytest.raises(UnavailableError) as refused:
+            await generate(pool, request())
+        assert refused.value.reason == "DRAINING"
+        assert not pool.serves(MODEL)
+        assert len(await stream) == 1500
+        await stopping
+
+
+async def test_a_drain_that_is_over_ends_what_is_left(tiny_llama: Path, tmp_path: Path) -> None:
+    async with running_pool({MODEL: tiny_llama}, tmp_path) as pool:
+        tokens: list[int] = []
+        stream = asyncio.create_task(generate(pool, request(4000), tokens))
+        await until(lambda: tokens)
+        await pool.stop(drain_seconds=0.1)
+        with pytest.raises(UnavailableError) as ended:
+            await stream
+        assert ended.value.reason == "DRAINING"
+
+
+async def test_an_impossible_device_is_refused_at_the_start(tmp_path: Path) -> None:
+    pool = WorkerPool(EngineConfig(device="cuda:99", state_dir=str(tmp_path)), devices=["cuda:99"], models={})
+    with pytest.raises(InvalidArgumentError, match="cuda:99"):
+        await pool.start()
+    assert pool.snapshot()[0].pid is None
+
+
+async def test_a_configured_model_that_is_not_there_is_told(tmp_path: Path) -> None:
+    async with running_pool({"ghost": tmp_path / "nothing"}, tmp_path, load=False) as pool:
+        with pytest.raises(EngineError, match="nothing"):
+            await pool.wait_loaded()
+
+
+def test_the_front_end_starts_without_torch() -> None:
+    code = "import sys, server.workers.pool; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
