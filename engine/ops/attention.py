@@ -85,8 +85,8 @@ def attention(
             keys, values = k[start:end], v[start:end]
         else:
             blocks = ctx.block_tables[s, : -(-kv_len // cache.block_size)]
-            keys = cache.keys[layer_index][blocks].flatten(0, 1)[:kv_len]
-            values = cache.values[layer_index][blocks].flatten(0, 1)[:kv_len]
+            keys = _blocks(cache.keys[layer_index], blocks)[:kv_len]
+            values = _blocks(cache.values[layer_index], blocks)[:kv_len]
         out[start:end] = _one(q[start:end], keys, values, ctx, scale, window, softcap)
     return out
 
@@ -116,25 +116,38 @@ def _decode(
         lens = [ctx.kv_lens[s] for s in decodes]
         num_blocks = -(-max(lens) // cache.block_size)
         device = q.device
-        rows = torch.tensor([ctx.seq_starts[s] for s in decodes], device=device)
-        tables = ctx.block_tables[torch.tensor(decodes, device=device), :num_blocks]
+        whole = len(decodes) == ctx.num_tokens
+        rows = None if whole else torch.tensor([ctx.seq_starts[s] for s in decodes], device=device)
+        tables = ctx.block_tables if whole else ctx.block_tables[torch.tensor(decodes, device=device)]
         columns = torch.arange(num_blocks * cache.block_size, device=device)
         kv_lens = torch.tensor(lens, device=device)[:, None]
         mask = columns < kv_lens
         if window is not None:
             mask &= columns >= kv_lens - window
-        ctx.scratch[key] = (rows, tables, mask[:, None, None, :])
-    rows, tables, mask = ctx.scratch[key]
+        blocks = tables[:, :num_blocks].flatten()
+        bias = torch.zeros(mask.shape, dtype=q.dtype, device=device).masked_fill_(~mask, float("-inf"))
+        ctx.scratch[key] = (rows, blocks, bias[:, None, None, :])
+    rows, blocks, bias = ctx.scratch[key]
+    num_sequences = len(decodes)
     num_kv_heads, head_dim = cache.keys[layer_index].shape[2:]
-    queries = q[rows].view(len(decodes), num_kv_heads, -1, head_dim)
-    keys = cache.keys[layer_index][tables].flatten(1, 2).transpose(1, 2)
-    values = cache.values[layer_index][tables].flatten(1, 2).transpose(1, 2)
-    result = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=scale)
-    result = result.reshape(len(decodes), -1, head_dim)
-    if len(decodes) == len(out):
+    queries = (q if rows is None else q[rows]).view(num_sequences, num_kv_heads, -1, head_dim)
+    keys = _blocks(cache.keys[layer_index], blocks).view(num_sequences, -1, num_kv_heads, head_dim).transpose(1, 2)
+    values = _blocks(cache.values[layer_index], blocks).view(num_sequences, -1, num_kv_heads, head_dim).transpose(1, 2)
+    result = F.scaled_dot_product_attention(queries, keys, values, attn_mask=bias, scale=scale)
+    result = result.reshape(num_sequences, -1, head_dim)
+    if rows is None:
         return result
     out[rows] = result
     return out
+
+
+def _blocks(cache: Tensor, blocks: Tensor) -> Tensor:
+    """Rows of some blocks end to end: cache [B, P, H_kv, D], blocks [n]: [n * P, H_kv, D].
+
+    index_select, because on the CPU it copies whole blocks where advanced indexing copies element by element (5 times
+    slower).
+    """
+    return cache.index_select(0, blocks).flatten(0, 1)
 
 
 def _uncached(
