@@ -190,7 +190,9 @@ class Engine:
 
     def load_adapter(self, model: str, name: str, path: str | Path) -> AdapterInfo:
         """Loads a PEFT directory that the operator names; it is not copied into the store."""
-        return self._model(model).adapters.add_from_path(validate_name(name, "adapter"), Path(path))
+        info = self._model(model).adapters.add_from_path(validate_name(name, "adapter"), Path(path))
+        self._forget(model, name)
+        return info
 
     def import_adapter(self, model: str, name: str, staged_dir: str | Path) -> AdapterInfo:
         """Checks an uploaded PEFT directory and publishes it as a new version; the staged directory is used up."""
@@ -207,6 +209,7 @@ class Engine:
     def delete_adapter(self, model: str, name: str, version: int | None = None) -> None:
         """Deletes a version, or all of them, from disk."""
         self._model(model).adapters.delete(name, version)
+        self._forget(model, name)
 
     def adapter_path(self, model: str, name: str, version: int | None = None) -> Path:
         """The PEFT directory of a version; None: the live one."""
@@ -222,6 +225,12 @@ class Engine:
             job_share=share,
             job_slice_seconds=slices,
         )
+
+    def _forget(self, model: str, adapter: str) -> None:
+        """The adapter's name and version may now stand for other weights than the prefix cache was computed with."""
+        runner = self._model(model).runner
+        if runner is not None:
+            runner.forget_adapter(adapter)
 
     def _model(self, name: str) -> LoadedModel:
         if name not in self._models:
