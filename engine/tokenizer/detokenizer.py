@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import codecs
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -19,16 +19,9 @@ class IncrementalDetokenizer:
 
     Args:
         skip_special_tokens: leave special tokens out of the text.
-        prompt_token_ids: what the completion continues; does not change the text of any tokenizer that is supported,
-            and is not kept.
     """
 
-    def __init__(
-        self,
-        tokenizer: Tokenizer,
-        skip_special_tokens: bool = True,
-        prompt_token_ids: Sequence[int] | None = None,
-    ) -> None:
+    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True) -> None:
         self._bytes = tokenizer.byte_stream(skip_special_tokens)
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 

@@ -24,7 +24,7 @@ from engine.tokenizer.hf_files import TokenizerParts
 from engine.tokenizer.token_bytes import byte_alphabet
 
 CONTROL, USER_DEFINED, BYTE = 3, 4, 6
-MAX_TOKEN_CHARS = 4096
+MAX_TOKEN_CHARS = 512
 SPACE_MARK = "▁"
 
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"

@@ -31,7 +31,28 @@ TINY_LLAMA: dict[str, Any] = {
 BYTE_PIECES = [f"<0x{byte:02X}>" for byte in range(256)]
 """Byte-fallback tokens of a SentencePiece vocabulary."""
 
-WORDS = ["▁", "▁a", "▁b", "ab", "▁ab", "a", "b", "c", "é", "▁é", "世", "界", "世界", "▁the", "t", "h", "e", "th", "he"]
+WORDS = [
+    "▁",
+    "▁a",
+    "▁b",
+    "ab",
+    "▁ab",
+    "a",
+    "b",
+    "c",
+    "é",
+    "▁é",
+    "世",
+    "界",
+    "世界",
+    "▁the",
+    "t",
+    "h",
+    "e",
+    "th",
+    "he",
+    "the",
+]
 
 
 def write_gguf(
