@@ -64,7 +64,8 @@ def open_checkpoint(path: Path) -> Checkpoint:
         path: a Hugging Face directory, a .safetensors file or index beside its config.json, or a .gguf file.
 
     Raises:
-        FormatError: no such model, malformed, or of an unsupported kind.
+        NotFoundError: there is no such path.
+        FormatError: malformed, or of an unsupported kind.
     """
     resolved = resolve_model_path(path)
     if resolved.suffix == ".gguf":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from engine.errors import FormatError
+from engine.errors import FormatError, NotFoundError
 
 INDEX_SUFFIX = ".safetensors.index.json"
 ACCEPTED = "a Hugging Face directory, a .safetensors file or index beside its config.json, or a .gguf file"
@@ -17,11 +17,12 @@ def resolve_model_path(path: Path | str) -> Path:
     exactly one .gguf file stands for that file.
 
     Raises:
-        FormatError: there is no such path, or it is none of these.
+        NotFoundError: there is no such path.
+        FormatError: it is none of these.
     """
     path = Path(path)
     if not path.exists():
-        raise FormatError(f"{path}: no such file or directory; accepted: {ACCEPTED}", reason="MODEL_PATH_NOT_FOUND")
+        raise NotFoundError(f"{path}: no such file or directory; accepted: {ACCEPTED}", reason="MODEL_PATH_NOT_FOUND")
     if path.is_dir():
         if (path / "config.json").is_file():
             return path

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from engine.errors import FormatError
+from engine.errors import FormatError, NotFoundError
 from engine.loading.checkpoint import open_checkpoint
 from engine.loading.resolve import resolve_model_path
 from tests.unit.loading_files import TINY_LLAMA, write_directory
@@ -62,7 +62,7 @@ def test_paths_that_mean_the_same_model(tmp_path: Path) -> None:
     assert resolve_model_path(tmp_path / "g") == tmp_path / "g" / "x.gguf"
 
 
-@pytest.mark.parametrize("name", ["absent", "empty", "x.bin", "lonely/model.safetensors", "two"])
+@pytest.mark.parametrize("name", ["empty", "x.bin", "lonely/model.safetensors", "two"])
 def test_paths_that_are_no_model(tmp_path: Path, name: str) -> None:
     """The message says what would be accepted."""
     for folder in ("empty", "lonely", "two"):
@@ -71,6 +71,8 @@ def test_paths_that_are_no_model(tmp_path: Path, name: str) -> None:
         (tmp_path / file).touch()
     with pytest.raises(FormatError, match="accepted: a Hugging Face directory"):
         open_checkpoint(tmp_path / name)
+    with pytest.raises(NotFoundError, match="absent"):
+        open_checkpoint(tmp_path / "absent")
 
 
 @pytest.mark.parametrize(
