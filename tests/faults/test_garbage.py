@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
+from pathlib import Path
 
 import pytest
 import zmq
@@ -12,7 +13,7 @@ import zmq.asyncio
 
 from server.workers.messages import JobEvents, Ready, Reply, encode
 from server.workers.pool import WorkerPool
-from tests.faults.workers import generate, request, until
+from tests.faults.workers import MODEL, generate, request, running_pool, until
 
 
 async def test_strangers_on_the_front_ends_socket_are_ignored(
@@ -48,14 +49,17 @@ async def test_a_peer_that_speaks_another_protocol_is_ignored(pool: WorkerPool) 
         assert len(await generate(pool, request(8))) == 8
 
 
-async def test_garbage_to_a_worker_is_ignored(pool: WorkerPool, capfd: pytest.CaptureFixture[str]) -> None:
+async def test_garbage_to_a_worker_is_ignored(
+    capfd: pytest.CaptureFixture[str], tiny_llama: Path, tmp_path: Path
+) -> None:
     """The worker logs it, and goes on with the same process."""
-    assert pool._link is not None
-    before = pool.snapshot()[0].pid
-    worker = pool._router.replicas[0].identity.encode()
-    for data in (b"", b"\x00", os.urandom(1000), encode(Ready(device="cpu"))):
-        await pool._link._socket.send_multipart([worker, data])
-    assert len(await generate(pool, request(8))) == 8
-    after = pool.snapshot()[0]
-    assert (after.pid, after.restarts) == (before, 0)
-    assert capfd.readouterr().err.count("no command") == 4
+    async with running_pool({MODEL: tiny_llama}, tmp_path) as pool:
+        assert pool._link is not None
+        before = pool.snapshot()[0].pid
+        worker = pool._router.replicas[0].identity.encode()
+        for data in (b"", b"\x00", os.urandom(1000), encode(Ready(device="cpu"))):
+            await pool._link._socket.send_multipart([worker, data])
+        assert len(await generate(pool, request(8))) == 8
+        after = pool.snapshot()[0]
+        assert (after.pid, after.restarts) == (before, 0)
+        assert capfd.readouterr().err.count("no command") == 4
