@@ -9,10 +9,11 @@ from __future__ import annotations
 import platform
 from collections.abc import Callable, Iterable, Mapping
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
 from prometheus_client.exposition import generate_latest
 
 from engine.info import EngineStats
+from engine.request import Timings
 from server.metrics_vllm import VllmView, vllm_families
 from server.snapshot import Snapshot, SnapshotCollector, whet_families
 
@@ -50,6 +51,7 @@ class Metrics:
     """
 
     def __init__(self, version: str, *, compat_vllm: bool = False) -> None:
+        disable_created_metrics()  # a second series per counter, which nothing here reads
         self.registry = CollectorRegistry()
         self.compat_vllm = compat_vllm
         self.histograms = {name: self._histogram(name, *spec, ["model"]) for name, spec in HISTOGRAMS.items()}
@@ -112,6 +114,19 @@ class Metrics:
             slices = self.job_slice_seconds.labels(kind)
             for seconds in durations:
                 slices.observe(seconds)
+
+    def observe_completion(self, model: str, timings: Timings, num_prompt_tokens: int, num_tokens: int) -> None:
+        """Enters a completion that ended at a stop string: the engine saw it aborted, and reports none of this."""
+        readings = {
+            "time_to_first_token_seconds": timings.time_to_first_token_seconds,
+            "request_decode_seconds": timings.decode_seconds,
+            "request_duration_seconds": timings.total_seconds,
+            "request_prompt_tokens": num_prompt_tokens,
+            "request_generation_tokens": num_tokens,
+        }
+        for name, value in readings.items():
+            if value is not None:
+                self.histograms[name].labels(model).observe(value)
 
     def forget_run(self, model: str, adapter: str) -> None:
         """Takes a run's gauges off the scrape: it is not live any more."""

@@ -247,4 +247,7 @@ class _Generation:
             num_tokens = sum(completion.num_tokens for completion in self._completions)
             metrics.generation_tokens_total.labels(model, adapter).inc(num_tokens)
         for completion in self._completions:
+            if completion.stop_string is not None and completion.timings is not None and self._started is not None:
+                num_prompt_tokens = self._started.num_prompt_tokens
+                metrics.observe_completion(model, completion.timings, num_prompt_tokens, completion.num_tokens)
             metrics.requests_total.labels(model, adapter, completion.finish_reason or outcome).inc()
