@@ -6,7 +6,6 @@ loader serves all schemes. Every scheme gives the gradient of its input, so LoRA
 
 from __future__ import annotations
 
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -95,14 +94,3 @@ def scheme_map(quantization_config: Mapping[str, Any] | None) -> SchemeMap:
     if not quantization_config:
         return SchemeMap()
     return quant_methods.get(str(quantization_config.get("quant_method")))(quantization_config)
-
-
-def matches(name: str, patterns: list[str]) -> bool:
-    """Whether a module name matches any of compressed-tensors' patterns: exact, last component, or ``re:`` regex."""
-    for pattern in patterns:
-        if pattern.startswith("re:"):
-            if re.match(pattern[3:], name):
-                return True
-        elif name == pattern or name.rsplit(".", 1)[-1] == pattern:
-            return True
-    return False

@@ -1,0 +1,424 @@
+"""The Quantize job: writes a quantized copy of a loaded model as a Hugging Face directory that other engines load.
+
+What is compared: ``bytes_in`` are the source's weight files as they lie on disk (all its safetensors files, or the
+.gguf file with its metadata), ``bytes_out`` the safetensors files that were written. A GGUF source may itself be
+stored in 4 bits, and then gains nothing.
+
+Weights are read from the source's files, so that the compute type of the resident model costs no precision. What is
+not quantized keeps its stored type; a GGUF type that torch lacks becomes bfloat16. Scales have the type of the weight.
+
+A head that is tied to the embeddings cannot be shared in quantized form by other engines. So ``quantize_head`` unties
+it: the quantized head is stored beside the embeddings, and ``tie_word_embeddings`` becomes false. With tied weights
+``quantize_embeddings`` alone would store the table once more for the head, so it needs ``quantize_head``. Quantized
+embeddings load here and in transformers, but not in vLLM, which knows them in plain types alone.
+"""
+
+from __future__ import annotations
+
+import errno
+import math
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from engine.core.loaded import LoadedModel
+from engine.errors import (
+    AlreadyExistsError,
+    FailedPreconditionError,
+    FormatError,
+    OverloadedError,
+)
+from engine.evaluation.scoring import (
+    iter_window_logits,
+    plan_windows,
+    take_windows,
+    token_kl,
+    token_nll,
+    validate_text,
+)
+from engine.evaluation.slicing import SliceBudget
+from engine.info import ModelInfo
+from engine.jobs import JobEvent, JobWarning, QuantizeFinished, QuantizeProgress, QuantizeSpec, TensorError
+from engine.layers.linear import Embedding, Linear
+from engine.loading import Checkpoint, load_weights, open_checkpoint
+from engine.loading.gguf_checkpoint import GGUFCheckpoint
+from engine.models.base import CausalLM, build_model
+from engine.names import validate_name
+from engine.quantization.base import UNQUANTIZED, scheme_map
+from engine.quantization.compressed_tensors import quantization_config
+from engine.quantization.export import copy_companions, write_config, write_generation_config
+from engine.quantization.packing import pack, pack_outputs
+from engine.quantization.plan import PlannedTensor, QuantizationPlan, SourceModel, plan_quantization
+from engine.quantization.quantize import quantize_rows
+from engine.quantization.safetensors_writer import SafetensorsWriter, sync_directory
+from engine.tokenizer import Tokenizer
+from engine.tokenizer.hf_files import FILES
+
+SLICE_ELEMENTS = 1 << 17
+"""Elements quantized in one slice; with the search for ranges about 30 ms on one core."""
+
+EVAL_WINDOW, EVAL_STRIDE = 512, 256
+"""Of perplexity and KL, shortened to the model's context: the defaults of the Perplexity job."""
+
+
+@dataclass(slots=True)
+class _Evaluation:
+    """Sums over scored tokens, in nats."""
+
+    num_tokens: int = 0
+    kl: float = 0.0
+    nll_before: float = 0.0
+    nll_after: float = 0.0
+
+
+def quantize(
+    spec: QuantizeSpec, loaded: LoadedModel, tokenizer_path: Path, load: Callable[[str, Path], ModelInfo]
+) -> Iterator[JobEvent | None]:
+    """Quantizes a model into a new directory, which appears whole or not at all.
+
+    Args:
+        tokenizer_path: directory or .gguf file of the source's tokenizer.
+        load: loads the result under its name, if the spec says so.
+
+    Returns: a generator that yields after some rows of a tensor or a forward of the evaluation, with QuantizeProgress
+        after each tensor; and last QuantizeFinished. On a dry run it quantizes and reports the errors, but writes and
+        evaluates nothing; the sizes are those of the report's tensors.
+
+    Raises:
+        InvalidArgumentError: a field of the spec is out of range, or the options do not fit the model.
+        FailedPreconditionError: the model is quantized already, or its files have changed since it was loaded.
+        AlreadyExistsError: there is something at the output directory.
+        OverloadedError: from the generator: the disk is full.
+    """
+    validate_name(spec.output_name, "output_name")
+    if not spec.dry_run and Path(spec.output_dir).exists():
+        raise AlreadyExistsError(
+            f"output {spec.output_name!r} exists; accepted: a name that is not taken", field="output_name"
+        )
+    checkpoint = _open_source(loaded)
+    model = loaded.model
+    plan = plan_quantization(
+        spec,
+        SourceModel(
+            name=loaded.info.name,
+            linears=[m.name for m in model.modules() if isinstance(m, Linear)],
+            embeddings=[m.name for m in model.modules() if isinstance(m, Embedding)],
+            tensors=_named_tensors(model),
+            is_causal=isinstance(model, CausalLM),
+            tied=isinstance(model, CausalLM) and loaded.config.tie_word_embeddings,
+        ),
+        checkpoint,
+    )
+    if spec.eval_token_ids:
+        loaded.causal_lm()
+        window = min(EVAL_WINDOW, loaded.info.max_model_len)
+        plan_windows(len(spec.eval_token_ids), window, min(EVAL_STRIDE, window))
+        validate_text(spec.eval_token_ids, window, loaded.info.max_model_len, loaded.config.vocab_size)
+    return _run(spec, loaded, checkpoint, plan, tokenizer_path, load)
+
+
+def _open_source(loaded: LoadedModel) -> Checkpoint:
+    if any(
+        module.scheme is not UNQUANTIZED for module in loaded.model.modules() if isinstance(module, Linear | Embedding)
+    ):
+        raise FailedPreconditionError(
+            f"model {loaded.info.name!r} is quantized already ({loaded.info.quantization}); quantize its source",
+            field="model",
+            reason="ALREADY_QUANTIZED",
+        )
+    checkpoint = open_checkpoint(Path(loaded.info.path))
+    if checkpoint.digest() != loaded.info.weights_digest:
+        raise FailedPreconditionError(
+            f"the files of model {loaded.info.name!r} have changed since it was loaded; load it again",
+            field="model",
+            reason="SOURCE_CHANGED",
+        )
+    return checkpoint
+
+
+def _named_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and persistent buffers, shared ones once."""
+    unique: dict[int, tuple[str, Tensor]] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        unique.setdefault(id(tensor), (name, tensor))
+    return dict(unique.values())
+
+
+def _run(
+    spec: QuantizeSpec,
+    loaded: LoadedModel,
+    checkpoint: Checkpoint,
+    plan: QuantizationPlan,
+    tokenizer_path: Path,
+    load: Callable[[str, Path], ModelInfo],
+) -> Iterator[JobEvent | None]:
+    begin = time.monotonic()
+    errors: list[TensorError] = []
+    bytes_out: int | None = None
+    evaluation = _Evaluation()
+    if spec.dry_run:
+        yield from _tensors(spec, loaded, checkpoint, plan, errors, None)
+    else:
+        output = Path(spec.output_dir)
+        try:
+            output.parent.mkdir(parents=True, exist_ok=True)
+            staging = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
+        except OSError as error:
+            raise _disk_error(output, error) from error
+        try:
+            with SafetensorsWriter(staging, plan.entries()) as writer:
+                yield from _tensors(spec, loaded, checkpoint, plan, errors, writer)
+                bytes_out = writer.finish()
+            yield from _write_companions(spec, loaded, checkpoint, plan, staging, tokenizer_path)
+            if spec.eval_token_ids:
+                yield from _evaluate(spec, loaded, staging, evaluation, len(plan.tensors))
+            _publish(staging, output)
+        except OSError as error:
+            raise _disk_error(output, error) from error
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)  # gone already, if it was published
+        if spec.load:
+            yield None
+            load(spec.output_name, output)
+    bytes_in = _source_bytes(checkpoint)
+    count = evaluation.num_tokens
+    yield QuantizeFinished(
+        job_id=spec.job_id,
+        output_name=spec.output_name,
+        output_dir=spec.output_dir,
+        bytes_in=bytes_in,
+        bytes_out=bytes_out,
+        ratio=None if bytes_out is None else bytes_in / bytes_out,
+        tensors=errors,
+        num_quantized=sum(item.quantized for item in plan.tensors),
+        num_kept=sum(not item.quantized for item in plan.tensors),
+        logit_kl=evaluation.kl / count if count else None,
+        perplexity_before=_exp(evaluation.nll_before / count) if count else None,
+        perplexity_after=_exp(evaluation.nll_after / count) if count else None,
+        num_eval_tokens=count,
+        seconds=time.monotonic() - begin,
+    )
+
+
+def _tensors(
+    spec: QuantizeSpec,
+    loaded: LoadedModel,
+    checkpoint: Checkpoint,
+    plan: QuantizationPlan,
+    errors: list[TensorError],
+    writer: SafetensorsWriter | None,
+) -> Iterator[JobEvent | None]:
+    """Quantizes or copies every tensor; adds to ``errors`` one of each that is quantized."""
+    resident = _named_tensors(loaded.model)
+    for done, item in enumerate(plan.tensors, start=1):
+        value = _read(checkpoint, item, resident[item.source])
+        if item.quantized:
+            yield from _quantize_tensor(plan, item, value, errors, writer)
+        elif writer is not None:
+            writer.write(item.name, value.to(item.dtype))
+        yield QuantizeProgress(
+            job_id=spec.job_id,
+            stage="quantizing" if item.quantized else "writing",
+            tensors_done=done,
+            tensors_total=len(plan.tensors),
+            tensor=item.name,
+        )
+
+
+def _read(checkpoint: Checkpoint, item: PlannedTensor, resident: Tensor) -> Tensor:
+    """A tensor of the source in its stored precision."""
+    if isinstance(checkpoint, GGUFCheckpoint) and resident.dtype == torch.float32:
+        return resident.detach()  # what the file would be dequantized to once more
+    return checkpoint.get(item.stored)
+
+
+@torch.no_grad()
+def _quantize_slice(
+    plan: QuantizationPlan, item: PlannedTensor, part: Tensor
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """Some rows: packed values, scales, zero points, and the error [O, I] float32."""
+    part = part.float()
+    if not bool(torch.isfinite(part).all()):
+        raise FormatError(f"the weight of {item.name} has values that are not finite", field="model")
+    quantized = quantize_rows(
+        part,
+        bits=plan.bits,
+        group_size=plan.group_size,
+        symmetric=plan.symmetric,
+        scale_dtype=item.dtype,
+        search=plan.bits == 4,
+    )
+    return pack(quantized.values, plan.bits), quantized.scale, quantized.zero, quantized.dequantize() - part
+
+
+def _quantize_tensor(
+    plan: QuantizationPlan,
+    item: PlannedTensor,
+    weight: Tensor,
+    errors: list[TensorError],
+    writer: SafetensorsWriter | None,
+) -> Iterator[None]:
+    rows, columns = item.shape
+    step = max(1, SLICE_ELEMENTS // columns)
+    packed, scales, zeros = [], [], []
+    squared_error = squared = largest = 0.0
+    for start in range(0, rows, step):
+        part = weight[start : start + step]
+        words, scale, zero, error = _quantize_slice(plan, item, part)
+        packed.append(words.cpu())
+        scales.append(scale.cpu())
+        if zero is not None:
+            zeros.append(zero.cpu())
+        squared_error += float(error.double().square().sum())
+        squared += float(part.double().square().sum())
+        largest = max(largest, float(error.abs().max()))
+        yield None
+    tensors = {
+        "weight_packed": torch.cat(packed),
+        "weight_scale": torch.cat(scales),
+        "weight_shape": torch.tensor([rows, columns]),
+    }
+    if zeros:
+        tensors["weight_zero_point"] = pack_outputs(torch.cat(zeros), plan.bits)
+    if writer is not None:
+        for name, tensor in tensors.items():
+            writer.write(f"{item.name}.{name}", tensor)
+    errors.append(
+        TensorError(
+            name=f"{item.name}.weight",
+            relative_rmse=math.sqrt(squared_error / squared) if squared > 0.0 else 0.0,
+            max_abs=largest,
+            num_elements=rows * columns,
+            bits=8 * sum(t.numel() * t.element_size() for t in tensors.values()) / (rows * columns),
+        )
+    )
+
+
+def _write_companions(
+    spec: QuantizeSpec,
+    loaded: LoadedModel,
+    checkpoint: Checkpoint,
+    plan: QuantizationPlan,
+    staging: Path,
+    tokenizer_path: Path,
+) -> Iterator[JobEvent]:
+    """Configuration, tokenizer, and whatever else belongs to the model."""
+    source = checkpoint.path
+    kept = [item.dtype for item in plan.tensors if len(item.shape) > 1]
+    write_config(
+        staging,
+        loaded.config,
+        quantization_config(plan.scheme, plan.ignore, embeddings=spec.quantize_embeddings),
+        dtype=str(kept[0]).removeprefix("torch."),
+        tied=plan.tied,
+    )
+    if source.is_dir():
+        copy_companions(source, staging)
+    elif loaded.config.task == "generate":
+        write_generation_config(staging, loaded.config)
+    if tokenizer_path.is_dir() and not any((tokenizer_path / name).is_file() for name in FILES):
+        yield JobWarning(
+            job_id=spec.job_id,
+            step=None,
+            reason="NO_TOKENIZER",
+            message=f"model {loaded.info.name!r} has no tokenizer files, so neither has {spec.output_name!r}",
+        )
+    else:
+        Tokenizer.from_path(tokenizer_path).save(staging)
+
+
+def _publish(staging: Path, output: Path) -> None:
+    """Flushes what is staged and gives it its name."""
+    for directory, _, files in os.walk(staging):
+        for name in files:
+            descriptor = os.open(os.path.join(directory, name), os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+        sync_directory(Path(directory))
+    staging.chmod(0o755)  # mkdtemp keeps it to its owner
+    if output.exists():
+        raise AlreadyExistsError(f"{output.name!r} came to exist meanwhile", field="output_name")
+    staging.rename(output)
+    sync_directory(output.parent)
+
+
+def _disk_error(output: Path, error: OSError) -> OverloadedError:
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return OverloadedError(
+        f"cannot write model {output.name!r}: {error.strerror or error}", reason="DISK_FULL" if full else "DISK_ERROR"
+    )
+
+
+def _source_bytes(checkpoint: Checkpoint) -> int:
+    if isinstance(checkpoint, GGUFCheckpoint):
+        return checkpoint.path.stat().st_size
+    return checkpoint.stored_bytes
+
+
+# -------------------------------------------------------------------------------------------------------- evaluation
+
+
+def _evaluate(
+    spec: QuantizeSpec, loaded: LoadedModel, staging: Path, sums: _Evaluation, num_tensors: int
+) -> Iterator[JobEvent | None]:
+    """Scores the text by the source and by what was written, read back as it will be loaded."""
+    before, after = loaded.causal_lm(), _open(staging, loaded)
+    config = loaded.engine_config
+    window = min(EVAL_WINDOW, loaded.info.max_model_len)
+    windows = plan_windows(len(spec.eval_token_ids), window, min(EVAL_STRIDE, window))
+    token_ids = torch.tensor(spec.eval_token_ids, dtype=torch.int64, device=loaded.device)
+    budget = SliceBudget(config.job_slice_seconds, config.max_batch_tokens)
+    done = 0
+    while done < len(windows):
+        batch = take_windows(windows, done, budget.tokens)
+        num_tokens = sum(w.num_tokens for w in batch)
+        ours = iter_window_logits(before, token_ids, batch, max_tokens=num_tokens)
+        theirs = iter_window_logits(after, token_ids, batch, max_tokens=num_tokens)
+        spent = 0.0
+        while True:
+            start = time.monotonic()
+            chunk = next(ours, None)
+            spent += time.monotonic() - start
+            if chunk is None:
+                break
+            yield None
+            start = time.monotonic()
+            other = next(theirs)
+            sums.num_tokens += chunk.targets.numel()
+            sums.kl += float(token_kl(chunk.logits, other.logits).sum())
+            sums.nll_before += float(token_nll(chunk.logits, chunk.targets).sum())
+            sums.nll_after += float(token_nll(other.logits, other.targets).sum())
+            spent += time.monotonic() - start
+            yield None
+        budget.observe(2 * num_tokens, spent)
+        done += len(batch)
+        yield QuantizeProgress(
+            job_id=spec.job_id, stage="evaluating", tensors_done=num_tensors, tensors_total=num_tensors
+        )
+
+
+def _open(directory: Path, loaded: LoadedModel) -> CausalLM:
+    checkpoint = open_checkpoint(directory)
+    model = build_model(checkpoint.config, scheme_map(checkpoint.config.quantization_config), loaded.dtype)
+    load_weights(model, checkpoint, loaded.dtype, loaded.device)
+    for module in model.modules():
+        if isinstance(module, Linear | Embedding):
+            module.scheme.after_loading(module)
+    assert isinstance(model, CausalLM)
+    return model.eval()
+
+
+def _exp(nll: float) -> float:
+    try:
+        return math.exp(nll)
+    except OverflowError:
+        return math.inf
