@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from engine.config import EngineConfig, ModelConfig
+from engine.config import EngineConfig
 from engine.core.loaded import LoadedModel
 from engine.core.memory import make_cache, plan_num_blocks
 from engine.core.runner import Runner
@@ -42,7 +42,7 @@ def load_model(
         if isinstance(module, Linear | Embedding):
             module.scheme.after_loading(module)
     model.eval()
-    info = _info(name, path, checkpoint, model, device, dtype, _max_model_len(config, engine_config))
+    info = _info(name, path, checkpoint, model, device, dtype, _max_model_len(model, engine_config))
     root = Path(engine_config.state_dir) / "adapters" / name if engine_config.state_dir else None
     loaded = LoadedModel(
         info=info,
@@ -67,8 +67,8 @@ def load_model(
     return loaded
 
 
-def _max_model_len(config: ModelConfig, engine_config: EngineConfig) -> int:
-    return min(config.max_position_embeddings, engine_config.max_model_len or config.max_position_embeddings)
+def _max_model_len(model: Model, engine_config: EngineConfig) -> int:
+    return min(model.max_input_tokens, engine_config.max_model_len or model.max_input_tokens)
 
 
 def _info(

@@ -18,7 +18,6 @@ from engine.jobs import EmbedFinished, EmbedSpec, JobEvent
 from engine.layers.pooling import finish, pool, validate_dimensions
 from engine.lora.adapter import Adapter, LoRABatch
 from engine.models.base import CausalLM
-from engine.models.encoder import Encoder
 
 
 def embed(spec: EmbedSpec, loaded: LoadedModel) -> Iterator[JobEvent | None]:
@@ -36,7 +35,7 @@ def embed(spec: EmbedSpec, loaded: LoadedModel) -> Iterator[JobEvent | None]:
         NotFoundError: no such adapter or version.
         FormatError: the model's files ask for pooling that is not supported, and the job names none.
     """
-    _validate_inputs(spec.inputs, max_input_tokens(loaded), loaded.config.vocab_size)
+    _validate_inputs(spec.inputs, loaded.info.max_model_len, loaded.config.vocab_size)
     dimensions = validate_dimensions(spec.dimensions, loaded.info.embedding_dimensions)
     if spec.pooling is not None and spec.pooling not in POOLINGS:
         raise InvalidArgumentError(f"pooling is {spec.pooling!r}; accepted: {', '.join(POOLINGS)}", field="pooling")
@@ -47,12 +46,6 @@ def embed(spec: EmbedSpec, loaded: LoadedModel) -> Iterator[JobEvent | None]:
         normalize = own.normalize if normalize is None else normalize
     adapter = None if spec.adapter is None else loaded.adapters.get(spec.adapter, spec.adapter_version)
     return _embed(spec, loaded, adapter, pooling, normalize, dimensions)
-
-
-def max_input_tokens(loaded: LoadedModel) -> int:
-    """Longest input that the model embeds."""
-    limit = loaded.info.max_model_len
-    return min(limit, loaded.model.max_input_tokens) if isinstance(loaded.model, Encoder) else limit
 
 
 def _validate_inputs(inputs: list[list[int]], limit: int, vocab_size: int) -> None:

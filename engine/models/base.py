@@ -36,6 +36,11 @@ class Model(nn.Module, ABC):
         return {m.name: m for m in self.modules() if isinstance(m, Linear) and m.lora}
 
     @property
+    def max_input_tokens(self) -> int:
+        """Longest sequence that the positions reach."""
+        return self.config.max_position_embeddings
+
+    @property
     def compute_dtype(self) -> torch.dtype:
         """Type of activations."""
         return next(p.dtype for p in self.parameters() if p.is_floating_point() and p.dim() == 1)

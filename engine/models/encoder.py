@@ -19,11 +19,6 @@ from engine.quantization.base import SchemeMap
 class Encoder(Model):
     """A model whose tokens see all of their sequence; contexts for it have ``causal=False``."""
 
-    @property
-    def max_input_tokens(self) -> int:
-        """Longest sequence that the position table holds."""
-        return self.config.max_position_embeddings
-
 
 class LayerNorm(nn.LayerNorm):
     """Normalisation to mean 0 and variance 1 over D, with weight and bias; statistics in float32 (arXiv:1607.06450)."""

@@ -61,7 +61,8 @@ class LlamaModel(nn.Module):
             [DecoderLayer(config, index, schemes, dtype) for index in range(config.num_hidden_layers)]
         )
         self.norm = RMSNorm(config.hidden_size, config.norm_eps, dtype=dtype)
-        self.rotary = RotaryEmbedding(config.rope["full_attention"], config.head_dim, config.max_position_embeddings)
+        rope = next(iter(config.rope.values()))  # one for all layers: these families have none per layer type
+        self.rotary = RotaryEmbedding(rope, config.head_dim, config.max_position_embeddings)
 
     def forward(self, token_ids: Tensor, ctx: ForwardContext) -> Tensor:
         """token_ids [T]: [T, D]."""
