@@ -55,7 +55,7 @@ def test_only_overload_carries_retry_info() -> None:
 
 def test_the_request_id_is_in_the_trailing_metadata() -> None:
     status = to_grpc_status(NotFoundError("gone"), "x")
-    assert ("x-request-id", "x") in tuple(status.trailing_metadata)  # type: ignore[arg-type]
+    assert ("x-request-id", "x") in tuple(status.trailing_metadata)
     assert status.code is grpc.StatusCode.NOT_FOUND
 
 
