@@ -23,6 +23,7 @@ class Adapter:
         alpha: read from the adapter's own configuration; never assumed equal to the rank.
         use_rslora: scale by alpha / sqrt(r) (arXiv:2312.03732) in place of alpha / r.
         dropout: probability on the input of A; only a trainer sets it.
+        alphas: modules whose alpha differs (PEFT's alpha_pattern). A rank that differs shows in the shape of A.
     """
 
     name: str
@@ -32,10 +33,12 @@ class Adapter:
     use_rslora: bool = False
     modules: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     dropout: float = 0.0
+    alphas: dict[str, float] = field(default_factory=dict)
 
-    @property
-    def scaling(self) -> float:
-        return self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
+    def scaling(self, name: str) -> float:
+        """What B A x of that module is multiplied by."""
+        rank = self.modules[name][0].shape[0]
+        return self.alphas.get(name, self.alpha) / (math.sqrt(rank) if self.use_rslora else rank)
 
     def num_parameters(self) -> int:
         return sum(a.numel() + b.numel() for a, b in self.modules.values())
@@ -49,7 +52,7 @@ class Adapter:
         if self.dropout > 0.0:
             keep = torch.empty_like(x).bernoulli_(1.0 - self.dropout, generator=generator)
             x = x * keep / (1.0 - self.dropout)
-        return F.linear(F.linear(x, a.to(x.dtype)), b.to(x.dtype)) * self.scaling
+        return F.linear(F.linear(x, a.to(x.dtype)), b.to(x.dtype)) * self.scaling(name)
 
 
 class LoRABatch:

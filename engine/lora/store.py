@@ -1,0 +1,425 @@
+"""The adapters of one model: versions on disk, and those of them that are in memory.
+
+<root>/<name>/<version>/ holds adapter_config.json, adapter_model.safetensors and lineage.json.
+
+A version is written aside, synced and renamed, so it is there whole or not at all. A request holds the Adapter that it
+resolved at its arrival, so it keeps its version whatever is published, unloaded or deleted meanwhile.
+
+Several processes may share a root: each looks at the disk for versions that it does not know (engine.lora.versions).
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import time
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from engine.errors import EngineError, FailedPreconditionError, FormatError, NotFoundError
+from engine.info import AdapterInfo
+from engine.lora.adapter import Adapter
+from engine.lora.lineage import LINEAGE_NAME, Lineage
+from engine.lora.peft import (
+    CONFIG_NAME,
+    WEIGHTS_NAME,
+    LinearLike,
+    load_adapter,
+    read_config,
+    save_adapter,
+    sync_file,
+    write_synced,
+)
+from engine.lora.versions import StoredVersions
+from engine.names import validate_name
+
+logger = logging.getLogger(__name__)
+
+MAX_RESIDENT_OLD_VERSIONS = 4
+"""Versions other than the live ones that stay in memory after a request named them, least recently used first out."""
+
+
+class Targets(Protocol):
+    """What is asked of a model."""
+
+    def linears(self) -> Mapping[str, LinearLike]: ...
+    @property
+    def compute_dtype(self) -> torch.dtype: ...
+
+
+class AdapterStore:
+    """Versions of one model's adapters.
+
+    Args:
+        root: directory of this model's adapters; None: nothing can be published, only loaded from elsewhere.
+        model: gives names and shapes of the linear modules, and the type of A and B in memory.
+        device: where A and B go.
+        base_digest: of the model's weights; stored adapters of other weights are refused.
+    """
+
+    def __init__(
+        self,
+        model_name: str,
+        root: Path | None,
+        model: Targets,
+        *,
+        device: torch.device | str = "cpu",
+        base_digest: str = "",
+    ) -> None:
+        self._model_name = model_name
+        self._stored = StoredVersions(root)
+        self._linears = model.linears()
+        self._dtype = model.compute_dtype
+        self._device = device
+        self._base_digest = base_digest
+        self._live: dict[str, Adapter] = {}
+        self._old: OrderedDict[tuple[str, int], Adapter] = OrderedDict()
+        self._external: dict[str, tuple[Adapter, Path]] = {}
+        self._scan()
+
+    @property
+    def can_publish(self) -> bool:
+        """Whether there is a directory to store versions in."""
+        return self._stored.root is not None
+
+    # -------------------------------------------------------------------------------------------------------- lookup
+
+    def get(self, name: str, version: int | None = None) -> Adapter:
+        """The adapter for a request; a stored version that is not in memory is read.
+
+        Args:
+            version: None: the live one.
+        Raises:
+            NotFoundError: there is no such adapter or version, or it was unloaded.
+            FailedPreconditionError: it belongs to other base weights.
+        """
+        live = self._live.get(name)
+        if version is None:
+            if live is None:
+                raise self._unknown(name)
+            return live
+        if live is not None and live.version == version:
+            return live
+        if version == 0 and name in self._external:
+            return self._external[name][0]
+        key = (name, version)
+        if key not in self._old:
+            if live is None and not self._stored.state(name).loaded:
+                raise self._unknown(name)
+            self._old[key] = self._read(name, version)
+            while len(self._old) > MAX_RESIDENT_OLD_VERSIONS:
+                self._old.popitem(last=False)
+        self._old.move_to_end(key)
+        return self._old[key]
+
+    def list(self) -> list[AdapterInfo]:
+        """Every version, in memory or on disk; by name, then version."""
+        infos = [self._info_of_external(name) for name in self._external]
+        for name in self._stored.names():
+            for version in self._stored.versions(name):
+                try:
+                    infos.append(self._info(name, version))
+                except EngineError as error:
+                    logger.warning("adapter %s version %d of %s: %s", name, version, self._model_name, error.message)
+        return sorted(infos, key=lambda info: (info.name, info.version))
+
+    def info(self, name: str, version: int | None = None) -> AdapterInfo:
+        """One version; None: the live one.
+
+        Raises:
+            NotFoundError: there is no such adapter or version.
+        """
+        version = self._resolve(name, version)
+        return self._info_of_external(name) if version == 0 else self._info(name, version)
+
+    def path(self, name: str, version: int | None = None) -> Path:
+        """The PEFT directory of a version; None: the live one.
+
+        Raises:
+            NotFoundError: there is no such adapter or version.
+        """
+        version = self._resolve(name, version)
+        return self._external[name][1] if version == 0 else self._stored.directory(name, version)
+
+    # -------------------------------------------------------------------------------------------------------- change
+
+    def publish(
+        self,
+        adapter: Adapter,
+        *,
+        run_id: str = "",
+        base_digest: str | None = None,
+        best_nll: float | None = None,
+        parent: tuple[str, int] | None = None,
+    ) -> AdapterInfo:
+        """Stores an adapter as the next version of ``adapter.name`` and makes it live. The tensors are copied.
+
+        Args:
+            base_digest: None: that of this model.
+        Raises:
+            FailedPreconditionError: there is no directory to store it in.
+        """
+        name = validate_name(adapter.name, "adapter")
+        digest = self._base_digest if base_digest is None else base_digest
+        lineage = Lineage(created_at=time.time(), run_id=run_id, base_digest=digest, best_nll=best_nll, parent=parent)
+        with self._stored.new_version(name) as directory:
+            save_adapter(directory, adapter, self._linears, base_model=self._model_name)
+            write_synced(directory / LINEAGE_NAME, lineage.encode())
+            version = self._stored.commit(name, directory)
+        modules = {
+            module: tuple(t.detach().to(self._device, self._dtype, copy=True) for t in pair)
+            for module, pair in adapter.modules.items()
+        }
+        published = replace(adapter, version=version, dropout=0.0, modules=modules)  # type: ignore[arg-type]
+        self._make_live(name, published)
+        return self._info(name, version)
+
+    def import_staged(self, name: str, staged: Path) -> AdapterInfo:
+        """Checks an uploaded PEFT directory and stores its two files as the next version, which becomes live. The
+        staged directory is removed once that is done.
+
+        Raises:
+            FormatError, ShapeError, NotFoundError: what is there is no adapter for this model; nothing was stored.
+        """
+        validate_name(name, "adapter")
+        adapter = self._load(staged, name, 0)
+        lineage = Lineage(created_at=time.time(), base_digest=self._base_digest)
+        with self._stored.new_version(name) as directory:
+            for file in (CONFIG_NAME, WEIGHTS_NAME):
+                shutil.copyfile(staged / file, directory / file)
+                sync_file(directory / file)
+            write_synced(directory / LINEAGE_NAME, lineage.encode())
+            version = self._stored.commit(name, directory)
+        self._make_live(name, replace(adapter, version=version))
+        shutil.rmtree(staged, ignore_errors=True)
+        return self._info(name, version)
+
+    def add_from_path(self, name: str, path: Path) -> AdapterInfo:
+        """Loads a PEFT directory that the operator names, as version 0, live. It is not copied into the store.
+
+        Raises:
+            FormatError, ShapeError, NotFoundError: what is there is no adapter for this model.
+        """
+        adapter = self._load(path, validate_name(name, "adapter"), 0)
+        self._external[name] = (adapter, path)
+        self._live[name] = adapter
+        return self._info_of_external(name)
+
+    def load(self, name: str, version: int | None = None) -> AdapterInfo:
+        """Reads a version and makes it live; None: the newest stored one, or version 0 where none is.
+
+        Raises:
+            NotFoundError: there is no such adapter or version.
+            FailedPreconditionError: it belongs to other base weights.
+        """
+        stored = self._stored.versions(name)
+        if version is None:
+            version = stored[-1] if stored else 0
+        if version == 0:
+            if name not in self._external:
+                raise self._unknown(name, None if not stored else 0)
+            self._live[name] = self._external[name][0]
+            return self._info_of_external(name)
+        live = self._live.get(name)
+        if live is None or live.version != version:
+            live = self._take_old(name, version) or self._read(name, version)
+        self._make_live(name, live)
+        return self._info(name, version)
+
+    def unload(self, name: str) -> None:
+        """Drops an adapter from memory. It stays on disk, and load brings it back.
+
+        Raises:
+            NotFoundError: there is no such adapter.
+        """
+        if name not in self._live and not self._stored.versions(name) and name not in self._external:
+            raise self._unknown(name)
+        self._forget(name)
+        self._external.pop(name, None)
+        if self._stored.versions(name):
+            self._stored.write_state(name, replace(self._stored.state(name), loaded=False))
+
+    def delete(self, name: str, version: int | None = None) -> None:
+        """Deletes a version, or all of them, from disk and memory. Where the live one goes, the newest that is left
+        becomes live.
+
+        Raises:
+            NotFoundError: there is no such adapter or version.
+            FailedPreconditionError: version 0, whose files are the operator's.
+        """
+        stored = self._stored.versions(name)
+        if version == 0 or (version is None and not stored and name in self._external):
+            raise FailedPreconditionError(
+                f"adapter {name!r} version 0 was loaded from a directory of the operator's; it can be unloaded",
+                field="version",
+                reason="NOT_STORED",
+            )
+        if not stored or (version is not None and version not in stored):
+            raise self._unknown(name, version)
+        state = self._stored.state(name)
+        gone = stored if version is None else (version,)
+        left = [v for v in stored if v not in gone]
+        if state.live in gone:
+            # Written first: a crash in between leaves versions that are not live, never a live one that is gone.
+            self._stored.write_state(
+                name, replace(state, live=left[-1] if left else 0, next=max(state.next, stored[-1] + 1))
+            )
+        for v in gone:
+            self._stored.remove(name, v)
+            self._old.pop((name, v), None)
+        live = self._live.get(name)
+        if live is not None and live.version in gone:
+            del self._live[name]
+            if left:
+                self._live[name] = self._take_old(name, left[-1]) or self._read(name, left[-1])
+
+    def _scan(self) -> None:
+        """Loads what was live when the last process ended, and clears what a dead process left unfinished."""
+        self._stored.clear_unfinished()
+        for name in self._stored.names():
+            state = self._stored.state(name)
+            if not state.loaded or not self._stored.versions(name):
+                continue
+            try:
+                self._live[name] = self._read(name, state.live or self._stored.versions(name)[-1])
+            except EngineError as error:
+                logger.warning("adapter %s of %s is not loaded: %s", name, self._model_name, error.message)
+
+    def _read(self, name: str, version: int) -> Adapter:
+        if version not in self._stored.versions(name):
+            raise self._unknown(name, version)
+        directory = self._stored.directory(name, version)
+        digest = Lineage.read(directory).base_digest
+        if digest and self._base_digest and digest != self._base_digest:
+            raise FailedPreconditionError(
+                f"adapter {name!r} version {version} was trained on other weights ({digest[:16]}) than those of "
+                f"model {self._model_name!r} ({self._base_digest[:16]})",
+                field="adapter",
+                reason="ADAPTER_BASE_MISMATCH",
+            )
+        return self._load(directory, name, version)
+
+    def _load(self, directory: Path, name: str, version: int) -> Adapter:
+        return load_adapter(
+            directory, self._linears, name=name, version=version, device=self._device, dtype=self._dtype
+        )
+
+    # -------------------------------------------------------------------------------------------------------- memory
+
+    def _make_live(self, name: str, adapter: Adapter) -> None:
+        self._live[name] = adapter
+        self._old.pop((name, adapter.version), None)
+        state = self._stored.state(name)
+        if state.live != adapter.version or not state.loaded:
+            self._stored.write_state(name, replace(state, live=adapter.version, loaded=True))
+
+    def _take_old(self, name: str, version: int) -> Adapter | None:
+        return self._old.pop((name, version)) if (name, version) in self._old else None
+
+    def _forget(self, name: str) -> None:
+        self._live.pop(name, None)
+        for key in [key for key in self._old if key[0] == name]:
+            del self._old[key]
+
+    def _resolve(self, name: str, version: int | None) -> int:
+        """The version that is meant, which exists."""
+        if version is None:
+            live = self._live.get(name)
+            version = live.version if live is not None else self._stored.state(name).live
+            if version == 0 and name not in self._external:
+                raise self._unknown(name)
+        exists = name in self._external if version == 0 else version in self._stored.versions(name)
+        if not exists:
+            raise self._unknown(name, version)
+        return version
+
+    def _info(self, name: str, version: int) -> AdapterInfo:
+        directory = self._stored.directory(name, version)
+        lineage = Lineage.read(directory)
+        live = self._live.get(name)
+        is_live = live is not None and live.version == version
+        resident = live if is_live else self._old.get((name, version))
+        if resident is not None:
+            shape = resident
+            targets, count = _targets(resident), resident.num_parameters()
+        else:
+            config = read_config(directory)
+            shape = Adapter(name, version, config.rank, config.alpha, config.use_rslora)
+            targets, count = _stored_shape(directory)
+        return AdapterInfo(
+            model=self._model_name,
+            name=name,
+            version=version,
+            live=is_live,
+            loaded=resident is not None,
+            rank=shape.rank,
+            alpha=shape.alpha,
+            use_rslora=shape.use_rslora,
+            target_modules=targets,
+            num_parameters=count,
+            path=str(directory),
+            created_at=lineage.created_at,
+            run_id=lineage.run_id,
+            base_digest=lineage.base_digest,
+            best_nll=lineage.best_nll,
+        )
+
+    def _info_of_external(self, name: str) -> AdapterInfo:
+        adapter, path = self._external[name]
+        return AdapterInfo(
+            model=self._model_name,
+            name=name,
+            version=0,
+            live=self._live.get(name) is adapter,
+            loaded=True,
+            rank=adapter.rank,
+            alpha=adapter.alpha,
+            use_rslora=adapter.use_rslora,
+            target_modules=_targets(adapter),
+            num_parameters=adapter.num_parameters(),
+            path=str(path),
+        )
+
+    def _unknown(self, name: str, version: int | None = None) -> NotFoundError:
+        stored = self._stored.versions(name)
+        known = ", ".join(sorted({*self._live, *self._stored.names()})) or "none"
+        if version is not None and (stored or name in self._live):
+            versions = ", ".join(map(str, ((0,) if name in self._external else ()) + stored)) or "none"
+            return NotFoundError(
+                f"adapter {name!r} of model {self._model_name!r} has no version {version}; it has {versions}",
+                field="adapter_version",
+                reason="ADAPTER_VERSION_NOT_FOUND",
+            )
+        if stored:
+            return NotFoundError(
+                f"adapter {name!r} of model {self._model_name!r} is not loaded; stored versions: "
+                f"{', '.join(map(str, stored))}",
+                field="adapter",
+                reason="ADAPTER_NOT_LOADED",
+            )
+        return NotFoundError(
+            f"model {self._model_name!r} has no adapter {name!r}; it has: {known}",
+            field="adapter",
+            reason="ADAPTER_NOT_FOUND",
+        )
+
+
+def _targets(adapter: Adapter) -> list[str]:
+    return sorted({module.rsplit(".", 1)[-1] for module in adapter.modules})
+
+
+def _stored_shape(directory: Path) -> tuple[list[str], int]:
+    """Target modules and parameter count of a version that is not in memory, from the header of its file."""
+    try:
+        with safe_open(str(directory / WEIGHTS_NAME), framework="pt") as file:
+            shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 - not a mapping
+    except (SafetensorError, OSError) as error:
+        raise FormatError(f"{WEIGHTS_NAME}: cannot be read as safetensors: {error}") from error
+    targets = sorted({name.removesuffix(".weight").rsplit(".", 2)[-2] for name in shapes})
+    return targets, sum(torch.Size(shape).numel() for shape in shapes.values())

@@ -1,0 +1,146 @@
+"""The training forward, and the proof that it is the serving forward.
+
+Shapes: T tokens of a micro-batch, N predictions that count, D hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Generator, Iterable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from engine.core.loaded import LoadedModel
+from engine.core.runner import serving_logits
+from engine.errors import FailedPreconditionError, InvalidArgumentError
+from engine.lora.adapter import Adapter
+from engine.training.batching import MicroBatch
+from engine.training.loss import LOGITS_CHUNK_BYTES, chunked_cross_entropy
+from engine.training.seeds import derive_seed
+
+CHECK_LOGITS_BYTES = 256 << 20
+"""Of one sequence in the check; of a longer one the beginning is checked."""
+
+ROUNDINGS = 8
+"""How many roundings of the largest logit two orders of summation may differ by in a type narrower than float32."""
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def resolve_dtype(requested: str, resident: torch.dtype) -> torch.dtype:
+    """The type that forward and backward compute in.
+
+    Raises:
+        InvalidArgumentError: the name is not known.
+        FailedPreconditionError: the resident weights do not allow it.
+    """
+    if requested not in ("auto", *_DTYPES):
+        raise InvalidArgumentError(
+            f"compute_dtype is {requested!r}; accepted: auto, {', '.join(_DTYPES)}", field="params.compute_dtype"
+        )
+    dtype = resident if requested == "auto" else _DTYPES[requested]
+    if resident not in _DTYPES.values() or (dtype != resident and resident != torch.float32):
+        raise FailedPreconditionError(
+            f"compute_dtype is {requested!r} and the model is resident in {_name(resident)}; accepted: float32 or "
+            "bfloat16 over a model in float32, bfloat16 over one in bfloat16",
+            field="params.compute_dtype",
+            reason="COMPUTE_DTYPE",
+        )
+    return dtype
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+class TrainingForward:
+    """Forwards of packed sequences without a cache, over the weights that serve.
+
+    Args:
+        dtype: from resolve_dtype.
+    """
+
+    def __init__(self, loaded: LoadedModel, dtype: torch.dtype) -> None:
+        self._model = loaded.causal_lm()
+        self._vocab_size = loaded.config.vocab_size
+        self._device = loaded.device
+        self._resident = loaded.dtype
+        self.dtype = dtype
+
+    def _autocast(self) -> contextlib.AbstractContextManager[object]:
+        if self.dtype == self._resident:
+            return contextlib.nullcontext()
+        return torch.autocast(self._device.type, dtype=self.dtype)
+
+    def hidden(self, batch: MicroBatch, adapter: Adapter | None, generator: torch.Generator | None = None) -> Tensor:
+        """Final hidden states [T, D], differentiable with respect to the adapter where gradients are on."""
+        with self._autocast():
+            hidden: Tensor = self._model(batch.token_ids, batch.context(adapter, generator))
+        return hidden
+
+    def nll_sum(self, hidden: Tensor, batch: MicroBatch) -> Tensor:
+        """Sum of the NLLs of the batch's N predictions, float32."""
+        with self._autocast():
+            return chunked_cross_entropy(
+                hidden[batch.rows], batch.targets, self._model.compute_logits, self._vocab_size
+            )
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden [n, D]: logits [n, V] float32."""
+        with self._autocast():
+            return self._model.compute_logits(hidden)
+
+
+def probe(adapter: Adapter, seed: int) -> Adapter:
+    """The adapter without dropout, and with small random values for every B that is zero: an update that is zero would
+    prove nothing about the path that it takes."""
+    generator = torch.Generator().manual_seed(derive_seed(seed, "probe"))
+    modules = {}
+    for name, (a, b) in adapter.modules.items():
+        a, b = a.detach(), b.detach()
+        if not bool(b.any()):
+            b = torch.randn(b.shape, generator=generator).mul_(0.01).to(b.device)
+        modules[name] = (a, b)
+    return replace(adapter, modules=modules, dropout=0.0)
+
+
+def forward_difference(
+    forward: TrainingForward, loaded: LoadedModel, batches: Iterable[MicroBatch], adapter: Adapter
+) -> Generator[None, None, tuple[float, float]]:
+    """Compares the training forward of packed sequences with the serving forward of each alone, through the block
+    cache. Yields between forwards.
+
+    Returns: largest absolute difference of a logit, NaN if any logit is; and the largest absolute logit.
+    """
+    vocab_size = loaded.config.vocab_size
+    rows = max(1, CHECK_LOGITS_BYTES // (4 * vocab_size))
+    step = max(1, LOGITS_CHUNK_BYTES // (4 * vocab_size))
+    difference = torch.zeros((), dtype=torch.float64)
+    largest = torch.zeros((), dtype=torch.float64)
+    for batch in batches:
+        hidden = forward.hidden(batch, adapter).detach()
+        yield
+        start = 0
+        for length in batch.lengths:
+            checked = min(length, rows)
+            served = serving_logits(loaded, [batch.token_ids[start : start + checked].tolist()], adapter)[0]
+            for at in range(0, checked, step):
+                part = served[at : at + step]
+                with torch.no_grad():
+                    ours = forward.logits(hidden[start + at : start + min(at + step, checked)])
+                # maximum and amax pass NaN on.
+                difference = torch.maximum(difference, (ours - part).abs().amax().double().cpu())
+                largest = torch.maximum(largest, part.abs().amax().double().cpu())
+            start += length
+            yield
+    return float(difference), float(largest)
+
+
+def accepted_difference(tolerance: float, dtype: torch.dtype, largest: float) -> float:
+    """The tolerance for a compute type. That of float32 stands as given; in a narrower type two correct orders of
+    summation differ by some roundings of the largest logit."""
+    if dtype == torch.float32:
+        return tolerance
+    return max(tolerance, ROUNDINGS * torch.finfo(dtype).eps * largest)

@@ -1,0 +1,73 @@
+"""Cross-entropy over a large vocabulary without the logits of a whole sequence.
+
+Shapes: N positions whose prediction counts, D hidden size, V vocabulary.
+
+The head is frozen, so all that backward needs is the gradient of the hidden states, which is no larger than they are.
+It is computed chunk by chunk together with the loss, while the chunk's logits exist; nothing is recomputed later. The
+idea is that of the fused linear cross-entropy in Liger-Kernel (arXiv:2410.10989).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+LOGITS_CHUNK_BYTES = 64 << 20
+"""At most so many bytes of float32 logits exist at a time, but one row at least."""
+
+Head = Callable[[Tensor], Tensor]
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    """Sum of NLLs; the gradient of ``hidden`` is formed in forward and only scaled in backward."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, targets: Tensor, head: Head, rows: int) -> Tensor:
+        total = hidden.new_zeros((), dtype=_sum_dtype(hidden))
+        gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        for start in range(0, len(hidden), rows):
+            chunk = hidden[start : start + rows].detach()
+            with torch.set_grad_enabled(gradient is not None):
+                chunk.requires_grad_(gradient is not None)
+                nll = _nll_sum(head(chunk), targets[start : start + rows])
+            if gradient is not None:
+                (gradient[start : start + rows],) = torch.autograd.grad(nll, chunk)
+            total += nll.detach()
+        ctx.save_for_backward(gradient)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, None, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return (None if gradient is None else (gradient * grad_output).to(gradient.dtype)), None, None, None
+
+
+def _sum_dtype(hidden: Tensor) -> torch.dtype:
+    return torch.promote_types(hidden.dtype, torch.float32)
+
+
+def _nll_sum(logits: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets, reduction="sum")
+
+
+def chunked_cross_entropy(
+    hidden: Tensor, targets: Tensor, head: Head, vocab_size: int, chunk_bytes: int = LOGITS_CHUNK_BYTES
+) -> Tensor:
+    """Sum of the negative log-likelihoods of the targets, in nats; differentiable with respect to ``hidden`` alone.
+
+    Args:
+        hidden: [N, D], the states from which the targets are predicted.
+        targets: [N] int64.
+        head: hidden [n, D] to logits [n, V]; its parameters get no gradient.
+        vocab_size: V.
+    Returns: scalar, float32 (float64 where hidden is); 0 where N is 0.
+    """
+    rows = max(1, chunk_bytes // (4 * vocab_size))
+    total: Tensor = _ChunkedCrossEntropy.apply(hidden, targets, head, rows)  # type: ignore[no-untyped-call]
+    return total

@@ -1,0 +1,501 @@
+"""A LoRA run: autograd over the weights that are being served, in slices between which serving goes on.
+
+The base weights are never written; gradients exist for A and B alone. A slice is the forward, the loss or the backward
+of one micro-batch, or one publication or checkpoint.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import time
+from collections import deque
+from collections.abc import Generator, Iterator
+from dataclasses import replace
+from pathlib import Path
+from statistics import fmean
+
+import torch
+from torch import nn
+
+from engine.core.loaded import LoadedModel
+from engine.errors import (
+    FailedPreconditionError,
+    FormatError,
+    InvalidArgumentError,
+    OutOfMemoryError,
+    OutOfRangeError,
+    TrainingError,
+)
+from engine.jobs import (
+    JobEvent,
+    JobFailed,
+    JobWarning,
+    TrainCheckpoint,
+    TrainEvaluation,
+    TrainFinished,
+    TrainPublished,
+    TrainSpec,
+    TrainStarted,
+    TrainStep,
+)
+from engine.lora.adapter import Adapter
+from engine.lora.peft import load_adapter, read_config
+from engine.names import validate_name
+from engine.training.batching import BatchOrder, MicroBatch, micro_batches
+from engine.training.checkpoint import Checkpoints, RunState
+from engine.training.dataset import Dataset, Example, Examples, read_dataset
+from engine.training.forward import TrainingForward, accepted_difference, forward_difference, probe, resolve_dtype
+from engine.training.lora_init import masters, new_adapter, validate_lora
+from engine.training.optimizer import Optimizer, learning_rate
+from engine.training.params import validate_params
+from engine.training.seeds import derive_seed
+
+MAX_CONSECUTIVE_SKIPS = 3
+CPU_MICRO_BATCH_TOKENS = 256
+"""Of one forward on the CPU: enough for its matrix products, and short beside a decode step."""
+
+ETA_STEPS = 20
+"""Steps over which the time per step is averaged."""
+
+Slices = Generator[JobEvent | None, None, None]
+
+
+class StopAndCheckpoint(Exception):
+    """Thrown into a run's generator, ends it so that it can be resumed: the generator yields TrainCheckpoint of the
+    last completed step, then JobFailed with code "cancelled" and reason "INTERRUPTED"."""
+
+
+def train(spec: TrainSpec, loaded: LoadedModel) -> Iterator[JobEvent | None]:
+    """Trains an adapter, or goes on from the last checkpoint below ``spec.run_dir``.
+
+    Closing the generator cancels the run; its checkpoints stay as they are. See StopAndCheckpoint for a drain.
+
+    Returns: a generator that yields after each slice: None, or an event. First TrainStarted, a TrainStep 0 with the
+        base loss (not when resuming after it) and the base's TrainEvaluation; last TrainFinished.
+    Raises:
+        InvalidArgumentError: a parameter is out of its range, an unknown target module or layer, a bad token id.
+        OutOfRangeError: an example is longer than max_seq_len or the model's positions.
+        FormatError: the dataset or the checkpoint is malformed.
+        NotFoundError: no such init_adapter.
+        FailedPreconditionError: the model is an encoder, or resident in a type that cannot be trained over; there is no
+            state directory; or the checkpoint is of another configuration.
+        TrainingError: from the generator: training and serving forward differ, or three steps in a row were not finite.
+    """
+    return _Run(spec, loaded).slices()
+
+
+class _Run:
+    """One run in one process. ``_state``, the masters and the optimizer change together, between two yields."""
+
+    def __init__(self, spec: TrainSpec, loaded: LoadedModel) -> None:
+        self._spec = spec
+        self._params = params = spec.params
+        self._loaded = loaded
+        loaded.causal_lm()
+        validate_name(spec.adapter, "adapter")
+        validate_params(params)
+        if not loaded.adapters.can_publish:
+            raise FailedPreconditionError("the engine has no state directory to publish to", reason="NO_STATE_DIR")
+        self._forward = TrainingForward(loaded, resolve_dtype(params.compute_dtype, loaded.dtype))
+        self._dataset = read_dataset(Path(spec.dataset_path))
+        _validate_dataset(self._dataset, spec, loaded)
+        self._order = BatchOrder(len(self._dataset.train), params.batch_size, params.seed, params.shuffle)
+        self._total_steps, self._ends_by = self._plan_steps()
+        self._linears = loaded.model.linears()
+        self._checkpoints = Checkpoints(Path(spec.run_dir) / "checkpoints", loaded.info.name, self._linears)
+        self._checkpointed_step = -1
+        self._adapter, self._state, optimizer_state = self._begin_or_resume()
+        self._resumed_from = self._state.step
+        self._optimizer = Optimizer(masters(self._adapter), params)
+        self._optimizer.load_state(optimizer_state)
+        self._step_seconds: deque[float] = deque(maxlen=ETA_STEPS)
+        self._began = 0.0
+        self._seconds_before = self._state.seconds
+
+    # ------------------------------------------------------------------------------------------------------- set-up
+
+    def _plan_steps(self) -> tuple[int, str]:
+        """Optimizer steps at most, and what ends the run there."""
+        params = self._params
+        limits = []
+        if params.epochs is not None:
+            limits.append((max(1, math.ceil(params.epochs * self._order.steps_per_epoch - 1e-9)), "epochs"))
+        if params.max_steps is not None:
+            limits.append((params.max_steps, "max_steps"))
+        return min(limits)
+
+    def _begin_or_resume(self) -> tuple[Adapter, RunState, dict[str, torch.Tensor]]:
+        spec, loaded = self._spec, self._loaded
+        fingerprint = self._fingerprint()
+        latest = self._checkpoints.read_latest()
+        if latest is not None:
+            state, path, optimizer_state = latest
+            if state.fingerprint != fingerprint:
+                raise FailedPreconditionError(
+                    f"{path} is of a run with another configuration, data or base model; accepted: the same ones",
+                    field="run_dir",
+                    reason="CHECKPOINT_MISMATCH",
+                )
+            self._checkpointed_step = state.step
+            return self._trainable(path), state, optimizer_state
+        state = RunState(fingerprint=fingerprint, micro_batch_tokens=_micro_batch_tokens(loaded))
+        if spec.init_adapter is not None:
+            init = loaded.adapters.get(spec.init_adapter, spec.init_adapter_version)
+            state.parent_name, state.parent_version = init.name, init.version
+            # From the file: in memory it may be rounded to the model's type.
+            return self._trainable(loaded.adapters.path(init.name, init.version)), state, {}
+        validate_lora(spec.lora)
+        return new_adapter(spec.adapter, self._linears, spec.lora, self._params.seed, loaded.device), state, {}
+
+    def _trainable(self, path: Path) -> Adapter:
+        """An adapter from its PEFT files as float32 masters."""
+        stored = load_adapter(
+            path, self._linears, name=self._spec.adapter, device=self._loaded.device, dtype=torch.float32
+        )
+        modules = {name: (nn.Parameter(a), nn.Parameter(b)) for name, (a, b) in stored.modules.items()}
+        return replace(stored, modules=modules, dropout=read_config(path).dropout)  # type: ignore[arg-type]
+
+    def _fingerprint(self) -> str:
+        spec = self._spec
+        init = None if spec.init_adapter is None else [spec.init_adapter, spec.init_adapter_version]
+        described = [
+            dataclasses.asdict(spec.params),
+            dataclasses.asdict(spec.lora) if init is None else init,
+            self._dataset.digest,
+            self._loaded.info.weights_digest,
+        ]
+        return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
+
+    # ---------------------------------------------------------------------------------------------------- the run
+
+    def slices(self) -> Slices:
+        """The run from where it stands to its end."""
+        self._began = time.monotonic()
+        try:
+            yield from self._run()
+        except StopAndCheckpoint:
+            if self._checkpointed_step != self._state.step:
+                yield self._checkpoint(is_best=False)
+            yield JobFailed(
+                job_id=self._spec.job_id,
+                error_code="cancelled",
+                error_message=f"the run was interrupted after step {self._state.step}; it can be resumed",
+                error_reason="INTERRUPTED",
+            )
+        except torch.OutOfMemoryError as error:
+            raise OutOfMemoryError(f"the run does not fit into device memory: {error}") from error
+        finally:
+            self._free()
+
+    def _run(self) -> Slices:
+        yield from self._prove_forward()
+        if self._state.step == 0:
+            yield from self._base_step()
+        while True:
+            yield from self._after_step()
+            stop_reason = self._stop_reason()
+            if stop_reason is not None:
+                break
+            yield from self._step()
+        yield from self._finish(stop_reason)
+
+    def _prove_forward(self) -> Slices:
+        """Refuses to train where the training forward is not the serving forward."""
+        batches = self._batches(self._batch(self._state.step + 1))
+        adapter = probe(self._adapter, self._params.seed)
+        difference, largest = yield from forward_difference(self._forward, self._loaded, batches, adapter)
+        accepted = accepted_difference(self._params.forward_tolerance, self._forward.dtype, largest)
+        if not difference <= accepted:  # NaN is refused as well
+            raise TrainingError(
+                f"training and serving forward differ by {difference:.3g} in a logit on the first batch; accepted: "
+                f"{accepted:.3g} (forward_tolerance is {self._params.forward_tolerance:.3g})",
+                reason="FORWARD_MISMATCH",
+            )
+        train = self._dataset.train
+        yield TrainStarted(
+            job_id=self._spec.job_id,
+            num_trainable_parameters=self._adapter.num_parameters(),
+            num_examples=len(train),
+            num_eval_examples=len(self._dataset.evaluation),
+            num_tokens=train.num_tokens,
+            num_loss_tokens=train.num_loss_tokens,
+            target_modules=sorted({name.rsplit(".", 1)[-1] for name in self._adapter.modules}),
+            total_steps=self._total_steps,
+            resumed_from_step=self._resumed_from,
+            forward_difference=difference,
+        )
+
+    def _base_step(self) -> Slices:
+        """Step 0: the loss of the first batch before any training."""
+        examples = self._batch(1)
+        begin = time.monotonic()
+        nll = yield from self._mean_nll(examples)
+        seconds = time.monotonic() - begin
+        yield self._step_event(0, examples, nll, 0.0, None, seconds)
+
+    def _step(self) -> Slices:
+        """One optimizer step."""
+        state, params = self._state, self._params
+        step = state.step + 1
+        begin = time.monotonic()
+        examples = self._batch(step)
+        num_loss_tokens = sum(example.num_loss_tokens for example in examples)
+        generator = None
+        if self._adapter.dropout > 0.0:
+            generator = torch.Generator(self._loaded.device).manual_seed(derive_seed(params.seed, "dropout", step))
+        total = 0.0
+        for batch in self._batches(examples):
+            with torch.enable_grad():
+                hidden = self._forward.hidden(batch, self._adapter, generator)
+            yield None
+            with torch.enable_grad():
+                nll = self._forward.nll_sum(hidden, batch)
+            del hidden
+            total += float(nll.detach())
+            if not math.isfinite(total):
+                break  # its gradient would be of no use
+            yield None
+            (nll / num_loss_tokens).backward()  # type: ignore[no-untyped-call]
+            del nll
+            yield None
+        rate = learning_rate(params, step, self._total_steps)
+        norm = self._optimizer.clip() if math.isfinite(total) else None
+        skipped = norm is None or not math.isfinite(norm)
+        if not skipped:
+            self._optimizer.step(rate)
+        self._optimizer.zero_grad()
+        state.step = step
+        state.consecutive_skips = state.consecutive_skips + 1 if skipped else 0
+        state.num_tokens += sum(len(example) for example in examples)
+        seconds = time.monotonic() - begin
+        self._step_seconds.append(seconds)
+        yield self._step_event(step, examples, total / num_loss_tokens, rate, norm, seconds, skipped)
+        if skipped:
+            yield from self._after_skip(total / num_loss_tokens, norm)
+
+    def _after_skip(self, loss: float, norm: float | None) -> Slices:
+        state = self._state
+        what = f"the loss is {loss}" if norm is None else f"the gradient norm is {norm}"
+        yield JobWarning(
+            job_id=self._spec.job_id,
+            step=state.step,
+            reason="NON_FINITE_STEP",
+            message=f"step {state.step} was skipped: {what}",
+        )
+        if state.consecutive_skips < MAX_CONSECUTIVE_SKIPS:
+            return
+        # A skipped step changes no weights, so these are still the last good ones.
+        yield self._checkpoint(is_best=False)
+        raise TrainingError(
+            f"{state.consecutive_skips} steps in a row were not finite, of the last {what}; the weights before them "
+            f"are in {self._checkpoints.path(state.step)}",
+            reason="NON_FINITE",
+        )
+
+    def _after_step(self) -> Slices:
+        """What is due after the present step and not done yet: evaluation, publication, checkpoint."""
+        state, params = self._state, self._params
+        is_last = state.step >= self._total_steps
+        evaluates = state.step == 0 or is_last or _due(params.eval_every, state.step)
+        if evaluates and len(self._dataset.evaluation) and state.evaluated_step < state.step:
+            yield from self._evaluate()
+            is_last = self._stop_reason() is not None
+        if _due(params.publish_every, state.step) and state.published_step < state.step and not is_last:
+            yield self._publish(self._adapter, state.last_nll if state.evaluated_step == state.step else None)
+        if (is_last or _due(params.checkpoint_every, state.step)) and self._checkpointed_step != state.step:
+            yield self._checkpoint(is_best=False)
+
+    def _stop_reason(self) -> str | None:
+        patience = self._params.early_stopping_patience
+        if self._state.step >= self._total_steps:
+            return self._ends_by
+        if patience and self._state.evaluations_without_improvement >= patience:
+            return "early_stopping"
+        return None
+
+    def _evaluate(self) -> Slices:
+        state = self._state
+        begin = time.monotonic()
+        nll = yield from self._mean_nll(self._dataset.evaluation)
+        is_best = math.isfinite(nll) and (state.best_nll is None or nll < state.best_nll)
+        state.evaluated_step = state.step
+        state.last_nll = nll
+        if state.step == 0:
+            state.base_nll = nll
+        if is_best:
+            state.best_nll, state.best_step = nll, state.step
+        # The base is what improvement is measured from, not an improvement.
+        state.evaluations_without_improvement = 0 if is_best else state.evaluations_without_improvement + 1
+        yield TrainEvaluation(
+            job_id=self._spec.job_id,
+            step=state.step,
+            nll=nll,
+            num_loss_tokens=self._dataset.evaluation.num_loss_tokens,
+            is_best=is_best,
+            seconds=time.monotonic() - begin,
+        )
+        if is_best:
+            yield self._checkpoint(is_best=True)
+
+    def _finish(self, stop_reason: str) -> Slices:
+        state = self._state
+        adapter, nll = self._adapter, state.last_nll
+        if self._params.publish == "best" and state.best_step is not None and state.best_step != state.step:
+            adapter, nll = self._trainable(self._checkpoints.best), state.best_nll
+            if state.best_step == 0:
+                yield JobWarning(
+                    job_id=self._spec.job_id,
+                    step=state.step,
+                    reason="NO_IMPROVEMENT",
+                    message=f"no evaluation was better than the base's ({state.base_nll:.4f}); what is published as "
+                    "best are the weights that the run began with",
+                )
+        published = self._publish(adapter, nll)
+        yield published
+        yield TrainFinished(
+            job_id=self._spec.job_id,
+            step=state.step,
+            stop_reason=stop_reason,
+            base_nll=state.base_nll,
+            final_nll=state.last_nll,
+            best_nll=state.best_nll,
+            best_step=state.best_step,
+            version=published.version,
+            adapter_path=str(self._loaded.adapters.path(self._spec.adapter, published.version)),
+            checkpoint_path=str(self._checkpoints.path(state.step)),
+            seconds=self._elapsed(),
+            num_tokens=state.num_tokens,
+        )
+
+    # ------------------------------------------------------------------------------------------------------- pieces
+
+    def _batch(self, step: int) -> list[Example]:
+        return [self._dataset.train[index] for index in self._order.batch(step)]
+
+    def _batches(self, examples: list[Example]) -> Iterator[MicroBatch]:
+        return micro_batches(
+            examples,
+            max_tokens=self._state.micro_batch_tokens,
+            parts=self._params.gradient_accumulation_steps,
+            packing=self._params.packing,
+            device=self._loaded.device,
+        )
+
+    def _mean_nll(self, examples: Examples | list[Example]) -> Generator[None, None, float]:
+        """Mean NLL per token that counts, without dropout, in the forwards that training would take."""
+        adapter = replace(self._adapter, dropout=0.0)
+        total, count = 0.0, 0
+        for batch in micro_batches(
+            examples,
+            max_tokens=self._state.micro_batch_tokens,
+            packing=self._params.packing,
+            device=self._loaded.device,
+        ):
+            with torch.no_grad():
+                hidden = self._forward.hidden(batch, adapter)
+            yield None
+            with torch.no_grad():
+                total += float(self._forward.nll_sum(hidden, batch))
+            count += batch.num_loss_tokens
+            yield None
+        return total / count
+
+    def _step_event(
+        self,
+        step: int,
+        examples: list[Example],
+        loss: float,
+        rate: float,
+        norm: float | None,
+        seconds: float,
+        skipped: bool = False,
+    ) -> TrainStep:
+        num_tokens = sum(len(example) for example in examples)
+        left = self._total_steps - step
+        return TrainStep(
+            job_id=self._spec.job_id,
+            step=step,
+            epoch=self._order.epoch_of(step),
+            loss=loss,
+            learning_rate=rate,
+            grad_norm=norm,
+            num_tokens=num_tokens,
+            num_loss_tokens=sum(example.num_loss_tokens for example in examples),
+            tokens_per_second=num_tokens / seconds if seconds > 0.0 else None,
+            step_seconds=seconds,
+            eta_seconds=left * fmean(self._step_seconds) if self._step_seconds else None,
+            peak_memory_bytes=self._peak_memory(),
+            skipped=skipped,
+        )
+
+    def _peak_memory(self) -> int | None:
+        """Of the device's allocator. A process on the CPU cannot tell what of its peak was this run's."""
+        device = self._loaded.device
+        return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+
+    def _elapsed(self) -> float:
+        return self._seconds_before + time.monotonic() - self._began
+
+    def _checkpoint(self, *, is_best: bool) -> TrainCheckpoint:
+        begin = time.monotonic()
+        self._state.seconds = self._elapsed()
+        path = self._checkpoints.write(self._adapter, self._optimizer.state(), self._state, is_best=is_best)
+        self._checkpointed_step = self._state.step
+        return TrainCheckpoint(
+            job_id=self._spec.job_id,
+            step=self._state.step,
+            path=str(path),
+            is_best=is_best,
+            seconds=time.monotonic() - begin,
+        )
+
+    def _publish(self, adapter: Adapter, nll: float | None) -> TrainPublished:
+        state = self._state
+        parent = (state.parent_name, state.parent_version) if state.parent_name else None
+        info = self._loaded.adapters.publish(adapter, run_id=self._spec.job_id, best_nll=nll, parent=parent)
+        state.published_step = state.step
+        return TrainPublished(job_id=self._spec.job_id, step=state.step, adapter=info.name, version=info.version)
+
+    def _free(self) -> None:
+        """Lets go of masters, gradients and optimizer state, even where a traceback still holds this object."""
+        self._optimizer.zero_grad()
+        del self._optimizer, self._adapter
+        if self._loaded.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _due(every: int, step: int) -> bool:
+    return every > 0 and step > 0 and step % every == 0
+
+
+def _micro_batch_tokens(loaded: LoadedModel) -> int:
+    """Tokens of one forward: from the configuration, not from the clock, so that a resumed run cuts alike."""
+    limit = loaded.engine_config.max_batch_tokens
+    return min(limit, CPU_MICRO_BATCH_TOKENS) if loaded.device.type == "cpu" else limit
+
+
+def _validate_dataset(dataset: Dataset, spec: TrainSpec, loaded: LoadedModel) -> None:
+    if len(dataset.train) == 0:
+        raise InvalidArgumentError("the dataset has no training examples; accepted: at least one", field="examples")
+    limit = min(spec.params.max_seq_len, loaded.config.max_position_embeddings)
+    vocab_size = loaded.config.vocab_size
+    for split, examples in (("train", dataset.train), ("evaluation", dataset.evaluation)):
+        if examples.longest > limit:
+            raise OutOfRangeError(
+                f"an example of {split} has {examples.longest} tokens; accepted: at most {limit} "
+                f"(max_seq_len is {spec.params.max_seq_len}, the model has "
+                f"{loaded.config.max_position_embeddings} positions)",
+                field="params.max_seq_len",
+            )
+        if not len(examples):
+            continue
+        low, high = int(examples.token_ids.min()), int(examples.token_ids.max())
+        if low < 0 or high >= vocab_size:
+            raise InvalidArgumentError(
+                f"{split} has the token id {low if low < 0 else high}; accepted: [0, {vocab_size})", field="examples"
+            )
+        if any(example.num_loss_tokens == 0 for example in examples):
+            raise FormatError(f"{split} has an example without tokens to learn; accepted: at least one in each")
