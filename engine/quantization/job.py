@@ -10,7 +10,8 @@ not quantized keeps its stored type; a GGUF type that torch lacks becomes bfloat
 A head that is tied to the embeddings cannot be shared in quantized form by other engines. So ``quantize_head`` unties
 it: the quantized head is stored beside the embeddings, and ``tie_word_embeddings`` becomes false. With tied weights
 ``quantize_embeddings`` alone would store the table once more for the head, so it needs ``quantize_head``. Quantized
-embeddings load here and in transformers, but not in vLLM, which knows them in plain types alone.
+embeddings load here and in transformers (``CompressedTensorsConfig(dequantize=True)``), but not in vLLM, which knows
+them in plain types alone.
 """
 
 from __future__ import annotations
@@ -33,9 +34,11 @@ from engine.errors import (
     AlreadyExistsError,
     FailedPreconditionError,
     FormatError,
+    InvalidArgumentError,
     OverloadedError,
 )
 from engine.evaluation.scoring import (
+    Window,
     iter_window_logits,
     plan_windows,
     take_windows,
@@ -116,12 +119,8 @@ def quantize(
         ),
         checkpoint,
     )
-    if spec.eval_token_ids:
-        loaded.causal_lm()
-        window = min(EVAL_WINDOW, loaded.info.max_model_len)
-        plan_windows(len(spec.eval_token_ids), window, min(EVAL_STRIDE, window))
-        validate_text(spec.eval_token_ids, window, loaded.info.max_model_len, loaded.config.vocab_size)
-    return _run(spec, loaded, checkpoint, plan, tokenizer_path, load)
+    windows = _eval_windows(spec, loaded) if spec.eval_token_ids and not spec.dry_run else []
+    return _run(spec, loaded, checkpoint, plan, windows, tokenizer_path, load)
 
 
 def _open_source(loaded: LoadedModel) -> Checkpoint:
@@ -156,6 +155,7 @@ def _run(
     loaded: LoadedModel,
     checkpoint: Checkpoint,
     plan: QuantizationPlan,
+    windows: list[Window],
     tokenizer_path: Path,
     load: Callable[[str, Path], ModelInfo],
 ) -> Iterator[JobEvent | None]:
@@ -177,8 +177,8 @@ def _run(
                 yield from _tensors(spec, loaded, checkpoint, plan, errors, writer)
                 bytes_out = writer.finish()
             yield from _write_companions(spec, loaded, checkpoint, plan, staging, tokenizer_path)
-            if spec.eval_token_ids:
-                yield from _evaluate(spec, loaded, staging, evaluation, len(plan.tensors))
+            if windows:
+                yield from _evaluate(spec, loaded, staging, windows, evaluation, len(plan.tensors))
             _publish(staging, output)
         except OSError as error:
             raise _disk_error(output, error) from error
@@ -367,14 +367,27 @@ def _source_bytes(checkpoint: Checkpoint) -> int:
 # -------------------------------------------------------------------------------------------------------- evaluation
 
 
+def _eval_windows(spec: QuantizeSpec, loaded: LoadedModel) -> list[Window]:
+    loaded.causal_lm()
+    window = min(EVAL_WINDOW, loaded.info.max_model_len)
+    try:
+        validate_text(spec.eval_token_ids, window, loaded.info.max_model_len, loaded.config.vocab_size)
+        return plan_windows(len(spec.eval_token_ids), window, min(EVAL_STRIDE, window))
+    except InvalidArgumentError as error:
+        raise InvalidArgumentError(error.message, field="eval_token_ids", reason=error.reason) from error
+
+
 def _evaluate(
-    spec: QuantizeSpec, loaded: LoadedModel, staging: Path, sums: _Evaluation, num_tensors: int
+    spec: QuantizeSpec,
+    loaded: LoadedModel,
+    staging: Path,
+    windows: list[Window],
+    sums: _Evaluation,
+    num_tensors: int,
 ) -> Iterator[JobEvent | None]:
     """Scores the text by the source and by what was written, read back as it will be loaded."""
     before, after = loaded.causal_lm(), _open(staging, loaded)
     config = loaded.engine_config
-    window = min(EVAL_WINDOW, loaded.info.max_model_len)
-    windows = plan_windows(len(spec.eval_token_ids), window, min(EVAL_STRIDE, window))
     token_ids = torch.tensor(spec.eval_token_ids, dtype=torch.int64, device=loaded.device)
     budget = SliceBudget(config.job_slice_seconds, config.max_batch_tokens)
     done = 0
