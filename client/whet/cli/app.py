@@ -66,8 +66,8 @@ class Settings:
         for row in rows:
             table.add_row(*(shown(getattr(row, column)) for column in columns))
         # A pipe has no width; folding a table to 80 columns would break lines for the program that reads it.
-        console = Console(highlight=False)
-        console.print(table, width=None if console.is_terminal else 10_000, soft_wrap=not console.is_terminal)
+        width = None if sys.stdout.isatty() else 10_000
+        Console(highlight=False, width=width).print(table)
 
 
 def shown(value: object) -> str:
