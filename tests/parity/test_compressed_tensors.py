@@ -17,6 +17,7 @@ from engine.layers.linear import Embedding, Linear
 from engine.loading import load_weights, open_checkpoint
 from engine.models.base import CausalLM, build_model
 from engine.quantization.base import scheme_map
+from engine.tokenizer import Tokenizer
 from tests.tiny import save_tiny_llama
 
 TOLERANCE = 1e-4
@@ -40,7 +41,7 @@ def logits(model: CausalLM, ids: Tensor) -> Tensor:
 
 
 def quantize(source: Path, output: Path, **options: Any) -> QuantizeFinished:
-    engine = Engine(EngineConfig(device="cpu", dtype="float32", kv_cache_bytes=1 << 20, num_threads=2))
+    engine = Engine(EngineConfig(device="cpu", dtype="float32", kv_cache_bytes=4 << 20, num_threads=2))
     engine.load_model("source", source)
     engine.start_job(
         QuantizeSpec(job_id="1", model="source", output_dir=str(output), output_name="out", load=False, **options)
@@ -152,3 +153,28 @@ def test_what_compressed_tensors_writes_loads_with_equal_weights(
     ids = torch.randint(3, 300, (40,), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         assert float((reference(ids[None]).logits[0] - logits(ours, ids)).abs().max()) < TOLERANCE
+
+
+def test_a_gguf_source_becomes_a_directory_that_transformers_loads(tmp_path: Path, smollm2_gguf: Path) -> None:
+    """Configuration, weights and tokenizer of SmolLM2, of which the source has no Hugging Face file."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    output = tmp_path / "smollm2-q8"
+    report = quantize(smollm2_gguf, output, scheme="q8")
+    assert report.bytes_in == smollm2_gguf.stat().st_size
+    assert report.bytes_out == (output / "model.safetensors").stat().st_size
+    config = AutoConfig.from_pretrained(output)
+    assert (config.model_type, config.num_hidden_layers, config.tie_word_embeddings) == ("llama", 30, True)
+    text = "The capital of France is"
+    tokenizer = AutoTokenizer.from_pretrained(output)
+    ids = torch.tensor(tokenizer(text)["input_ids"])
+    assert ids.tolist() == Tokenizer.from_path(smollm2_gguf).encode(text)
+    assert tokenizer.chat_template
+    # Packed until the first forward: dequantizing while loading would round each weight to the scales' bfloat16.
+    theirs = AutoModelForCausalLM.from_pretrained(output, dtype=torch.float32)
+    with torch.no_grad():
+        expected = theirs(ids[None]).logits[0]
+    del theirs
+    ours = logits(load(output), ids)
+    assert float((ours - expected).abs().max()) < 1e-3
+    assert tokenizer.decode(ours[-1].argmax()).strip() == "Paris"
