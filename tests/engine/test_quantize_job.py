@@ -24,7 +24,24 @@ from engine.errors import (
     FailedPreconditionError,
     InvalidArgumentError,
 )
-from engine.jobs import JobEvent, JobFailed, JobWarning, QuantizeFinished, QuantizeProgress, QuantizeSpec
+from engine.jobs import (
+    EmbedFinished,
+    EmbedSpec,
+    JobEvent,
+    JobFailed,
+    JobWarning,
+    LoRAParams,
+    PerplexityFinished,
+    PerplexitySpec,
+    QuantizeFinished,
+    QuantizeProgress,
+    QuantizeSpec,
+    TokenizedExample,
+    TrainFinished,
+    TrainParams,
+    TrainSpec,
+    TrainStep,
+)
 from engine.request import Request, SamplingParams
 from tests.tiny import save_tiny_llama
 
@@ -281,3 +298,90 @@ def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:
     assert isinstance(failed, JobFailed)
     assert "model.layers.1.mlp.up_proj" in failed.error_message
     assert not (tmp_path / "out").exists()
+
+
+def test_bfloat16_gives_the_same_answers_for_one_row_and_for_many(source: Path, tmp_path: Path) -> None:
+    """Decoding takes the kernel and prefill widens the weight: their logits differ by bfloat16's roundings alone."""
+    output = tmp_path / "out"
+    run(make_engine(source), spec(output, load=False))
+    engine = make_engine(output, dtype="bfloat16")
+    model = engine._model("tiny").causal_lm()
+    assert "weight_kernel" in dict(model.get_submodule("model.layers.0.mlp.up_proj").named_buffers())
+    hidden = torch.randn(40, 64, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    for linear in model.linears().values():
+        if linear.in_features == 64:
+            whole = linear.scheme.apply(linear, hidden).float()
+            alone = torch.cat([linear.scheme.apply(linear, row) for row in hidden.split(1)]).float()
+            assert float((whole - alone).abs().max() / whole.abs().max()) < 2**-7
+
+
+def test_an_encoder_keeps_its_embeddings(tmp_path: Path) -> None:
+    """BERT, whose directory has no head and whose pooler is not among our modules."""
+    from transformers import AutoModel, BertConfig, BertModel
+
+    torch.manual_seed(0)
+    source = tmp_path / "bert"
+    BertModel(
+        BertConfig(vocab_size=300, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4)
+    ).save_pretrained(source)
+    engine = make_engine(source)
+    output = tmp_path / "bert-q8"
+    with pytest.raises(FailedPreconditionError, match="encoder"):
+        engine.start_job(spec(output, scheme="q8", eval_token_ids=TEXT[:50]))
+    with pytest.raises(InvalidArgumentError, match="quantize_head"):
+        engine.start_job(spec(output, scheme="q8", quantize_head=True))
+    assert report(run(engine, spec(output, scheme="q8"))).num_quantized == 12
+    vectors = []
+    for model in ("tiny", "bert-q8"):
+        engine.start_job(EmbedSpec(job_id=model, model=model, inputs=[TEXT[:30]], pooling="mean"))
+        events: list[JobEvent] = []
+        while engine.has_jobs():
+            events += engine.advance_jobs()
+        finished = events[-1]
+        assert isinstance(finished, EmbedFinished)
+        vectors.append(torch.frombuffer(bytearray(finished.vectors), dtype=torch.float32))
+    assert float(F.cosine_similarity(vectors[0], vectors[1], dim=0)) > 0.999
+    assert not torch.equal(vectors[0], vectors[1])
+    theirs = AutoModel.from_pretrained(output, dtype=torch.float32)
+    with torch.no_grad():
+        hidden = theirs(torch.tensor([TEXT[:30]])).last_hidden_state[0].mean(dim=0)
+    assert float(F.cosine_similarity(vectors[1], hidden, dim=0)) > 0.99999
+
+
+def test_lora_trains_over_the_quantized_model_and_then_serves(source: Path, tmp_path: Path) -> None:
+    """One sequence is learned by heart; the base stays as it was, and the new adapter answers."""
+    from engine.training.dataset import write_dataset
+
+    engine = make_engine(source, state_dir=str(tmp_path / "state"))
+    run(engine, spec(tmp_path / "out", symmetric=False))
+    before = {name: p.clone() for name, p in engine._model("out").model.named_parameters()}
+    text = TEXT[:40]
+    write_dataset(tmp_path / "data", [TokenizedExample(token_ids=text, loss_mask=[False] + [True] * 39)])
+    engine.start_job(
+        TrainSpec(
+            job_id="run",
+            model="out",
+            adapter="tone",
+            lora=LoRAParams(rank=8, alpha=16.0),
+            params=TrainParams(learning_rate=2e-2, max_steps=40, batch_size=1),
+            dataset_path=str(tmp_path / "data"),
+            run_dir=str(tmp_path / "state" / "runs" / "run"),
+        )
+    )
+    events: list[JobEvent] = []
+    while engine.has_jobs():
+        events += engine.advance_jobs()
+    assert isinstance(events[-1], TrainFinished), events[-1]
+    losses = [event.loss for event in events if isinstance(event, TrainStep)]
+    assert losses[-1] < losses[0] / 2
+    for name, parameter in engine._model("out").model.named_parameters():
+        assert torch.equal(parameter, before[name])
+    nll = {}
+    for adapter in (None, "tone"):
+        engine.start_job(PerplexitySpec(job_id=str(adapter), model="out", token_ids=text, adapter=adapter))
+        events = []
+        while engine.has_jobs():
+            events += engine.advance_jobs()
+        assert isinstance(events[-1], PerplexityFinished)
+        nll[adapter] = events[-1].nll
+    assert nll["tone"] < nll[None] / 2
