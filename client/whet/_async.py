@@ -106,6 +106,7 @@ class AsyncStream(Generic[ItemT], AsyncIterator[ItemT]):
         self._items: deque[ItemT] = deque()
         self._received = False
         self._done = False
+        self._loop = asyncio.get_running_loop()
         self._call = self._begin()
 
     def __aiter__(self) -> Self:
@@ -187,3 +188,9 @@ class AsyncStream(Generic[ItemT], AsyncIterator[ItemT]):
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._stop()
+
+    def __del__(self) -> None:
+        # gRPC's own call object stays alive by its tasks, and would go on receiving. Garbage may be collected in any
+        # thread, and after the loop has ended.
+        if self._call is not None and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._call.cancel)
