@@ -62,7 +62,7 @@ def to_prompt(prompt: Prompt, add_special_tokens: bool | None = None) -> common_
     message = common_pb2.Prompt()
     if isinstance(prompt, str):
         message.text = prompt
-    elif prompt and isinstance(prompt[0], Mapping):
+    elif isinstance(prompt, Sequence) and prompt and isinstance(prompt[0], Mapping):
         message.chat.CopyFrom(to_chat(prompt, "prompt"))
     else:
         message.token_ids.CopyFrom(to_token_ids(prompt, "prompt"))

@@ -13,8 +13,8 @@ def main() -> None:
     except ImportError as error:
         print(f'whet: the command needs {error.name}; pip install "whet[cli]"', file=sys.stderr)
         raise SystemExit(1) from error
-    status = run(cli)
     try:
+        status = run(cli)
         sys.stdout.flush()
     except BrokenPipeError:  # the reader of a pipe left; Python would say so again at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
