@@ -11,7 +11,7 @@ from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
 from google.protobuf.timestamp_pb2 import Timestamp
 
-from whet.errors import InternalError, InvalidArgumentError
+from whet.errors import FieldViolation, InternalError, InvalidArgumentError
 from whet.v1 import common_pb2
 
 
@@ -22,7 +22,13 @@ def new_request_id(given: str | None) -> str:
 
 def reject(field: str, value: object, accepted: str) -> NoReturn:
     """Raises InvalidArgumentError in the form in which the server says it."""
-    raise InvalidArgumentError(f"{field} is {value!r}; accepted: {accepted}", reason="INVALID_ARGUMENT")
+    raise invalid(field, f"{field} is {value!r}; accepted: {accepted}")
+
+
+def invalid(field: str, message: str) -> InvalidArgumentError:
+    """The error of an argument that no server needs to see."""
+    reason = "INVALID_ARGUMENT"
+    return InvalidArgumentError(message, reason=reason, field_violations=(FieldViolation(field, message, reason),))
 
 
 def check_options(call: str, given: Mapping[str, object], known: type) -> None:
@@ -53,7 +59,7 @@ def fill(message: Message, values: Mapping[str, Any], names: Iterable[str]) -> N
             else:
                 setattr(message, name, value)
         except (TypeError, ValueError) as error:
-            raise InvalidArgumentError(f"{name} is {value!r}: {error}", reason="INVALID_ARGUMENT") from error
+            raise invalid(name, f"{name} is {value!r}: {error}") from error
 
 
 def enum_value(enum: Any, prefix: str, word: str | None, field: str) -> Any:

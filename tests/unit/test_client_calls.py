@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import inspect
 import pickle
+import shutil
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -98,6 +100,43 @@ def test_a_deadline_that_passes_is_a_timeout_error(server: WireServer, client: C
         client.model("m", timeout=0.05)
     assert isinstance(raised.value, TimeoutError)
     assert len(server.calls) == 1
+
+
+def _certificate(directory: Path, name: str) -> tuple[Path, Path]:
+    """A self-signed certificate and its key."""
+    certificate, key = directory / f"{name}.pem", directory / f"{name}.key"
+    command = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
+    command += ["-keyout", str(key), "-out", str(certificate), "-days", "2", "-subj", f"/CN={name}"]
+    command += ["-addext", f"subjectAltName=DNS:{name}"]
+    subprocess.run(command, check=True, capture_output=True)
+    return certificate, key
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl makes the certificates")
+def test_mutual_tls_needs_both_certificates(tmp_path: Path) -> None:
+    certificate, key = _certificate(tmp_path, "whet.test")
+    mine, my_key = _certificate(tmp_path, "client.test")
+    credentials = grpc.ssl_server_credentials(
+        [(key.read_bytes(), certificate.read_bytes())], mine.read_bytes(), require_client_auth=True
+    )
+    with wire_server(credentials) as server:
+        server.on("GetModel", lambda *_: model_pb2.GetModelResponse(model=model_pb2.Model(name="m")))
+        tls = whet.TLS(
+            root_certificates=certificate, client_certificate=mine, client_key=my_key, server_name="whet.test"
+        )
+        with Client(server.address, tls=tls) as client:
+            assert client.model("m").name == "m"
+        assert _async(server, lambda aio: aio.model("m"), tls=tls).name == "m"
+        for wrong in (
+            whet.TLS(root_certificates=certificate, server_name="whet.test"),
+            whet.TLS(root_certificates=certificate, client_certificate=mine, client_key=my_key, server_name="x.test"),
+            whet.TLS(client_certificate=mine, client_key=my_key, server_name="whet.test"),
+            None,
+        ):
+            with Client(server.address, tls=wrong, retry=None) as client, pytest.raises(whet.UnavailableError):
+                client.model("m", timeout=10)
+    with pytest.raises(ValueError, match="both or neither"):
+        whet.TLS(client_certificate=mine)
 
 
 # ----------------------------------------------------------------------------------------------------------- retries

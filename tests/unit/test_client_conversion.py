@@ -82,8 +82,9 @@ def test_prompts_of_no_kind_are_named(prompt: Any) -> None:
     ],
 )
 def test_values_that_do_not_fit_are_named(options: Any, field: str) -> None:
-    with pytest.raises(whet.InvalidArgumentError, match=field):
+    with pytest.raises(whet.InvalidArgumentError, match=field) as raised:
         _generation.generate_request("x", "m", options)
+    assert [violation.field for violation in raised.value.field_violations] == [field]
 
 
 def test_unknown_options_are_type_errors_with_the_known_ones() -> None:

@@ -72,13 +72,17 @@ class WireServer:
 
 
 @contextmanager
-def wire_server() -> Iterator[WireServer]:
-    """Starts the server on a free port."""
+def wire_server(credentials: grpc.ServerCredentials | None = None) -> Iterator[WireServer]:
+    """Starts the server on a free port; with TLS, where credentials are given."""
     state = WireServer()
     server = grpc.server(ThreadPoolExecutor(8))
     for add, base in SERVICES.items():
         add(_servicer(base, state), server)  # type: ignore[operator]
-    state.address = f"localhost:{server.add_insecure_port('localhost:0')}"
+    if credentials is None:
+        port = server.add_insecure_port("localhost:0")
+    else:
+        port = server.add_secure_port("localhost:0", credentials)
+    state.address = f"localhost:{port}"
     server.start()
     try:
         yield state
