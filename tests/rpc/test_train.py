@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
+import signal
 from collections.abc import Callable
 from typing import Any
 
@@ -294,6 +296,31 @@ def test_adapt_names_a_bad_value(stubs: Stubs, field: str, values: dict[str, Any
 
 
 # ------------------------------------------------------------------------------------------------- drain and restart
+
+
+def test_a_run_outlives_its_worker(start_server: Callable[..., ServerProcess]) -> None:
+    """It goes on from its last checkpoint in the next worker, and says so; a watcher misses and repeats nothing."""
+    server = start_server()
+    stubs = Stubs(server.address)
+    params = {"max_steps": 120, "checkpoint_every": 5}
+    call = stubs.training.Train(train_messages(params=params, held_out=examples(2)), timeout=TIMEOUT)
+    events: list[training_pb2.TrainEvent] = []
+    saved: list[int] = []
+    for response in call:
+        events.append(response.event)
+        if response.event.WhichOneof("event") == "checkpoint":
+            saved.append(response.event.checkpoint.step)
+            if len(saved) == 2:
+                os.kill(server.worker_pid(), signal.SIGKILL)
+    assert [event.sequence for event in events] == list(range(len(events)))
+    warnings = [event.warning.reason for event in events if event.WhichOneof("event") == "warning"]
+    assert "WORKER_RESTARTED" in warnings
+    starts = [event.started for event in events if event.WhichOneof("event") == "started"]
+    assert len(starts) == 2
+    assert starts[1].resumed_from_step >= saved[1]
+    assert events[-1].finished.step == 120
+    assert watch(stubs, events[0].run_id) == events
+    stubs.close()
 
 
 def test_a_drain_checkpoints_and_the_next_server_goes_on(start_server: Callable[..., ServerProcess]) -> None:
