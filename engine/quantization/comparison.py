@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -70,7 +70,7 @@ class Comparison:
             return math.inf
 
 
-def eval_windows(spec: QuantizeSpec, loaded: LoadedModel) -> list[Window]:
+def eval_windows(spec: QuantizeSpec, loaded: LoadedModel) -> Sequence[Window]:
     """The windows in which the spec's text is scored.
 
     Raises:
@@ -90,7 +90,7 @@ def compare(
     spec: QuantizeSpec,
     loaded: LoadedModel,
     staging: Path,
-    windows: list[Window],
+    windows: Sequence[Window],
     sums: Comparison,
     num_tensors: int,
 ) -> Iterator[JobEvent | None]:
@@ -103,8 +103,8 @@ def compare(
     while done < len(windows):
         batch = take_windows(windows, done, budget.tokens)
         num_tokens = sum(w.num_tokens for w in batch)
-        ours = iter_window_logits(before, token_ids, batch, max_tokens=num_tokens)
-        theirs = iter_window_logits(after, token_ids, batch, max_tokens=num_tokens)
+        ours = iter_window_logits(before, token_ids, batch, max_tokens=budget.forward_tokens)
+        theirs = iter_window_logits(after, token_ids, batch, max_tokens=budget.forward_tokens)
         spent = 0.0
         while True:
             start = time.monotonic()

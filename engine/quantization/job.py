@@ -22,7 +22,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -132,7 +132,7 @@ def _run(
     loaded: LoadedModel,
     checkpoint: Checkpoint,
     plan: QuantizationPlan,
-    windows: list[Window],
+    windows: Sequence[Window],
     tokenizer_path: Path,
     load: Callable[[str, Path], ModelInfo],
 ) -> Iterator[JobEvent | None]:
