@@ -156,6 +156,7 @@ class App:
         self.admission = Admission(config.max_active_requests, self.metrics)
         self.runs = RunManager(archive, self.pool, self.metrics, config.max_active_runs)
         self.health = Health(SERVICE_NAMES, self.pool, self.models, self.admission)
+        self.models.on_change = self.health.update
         self.http = HttpServer(self.health, self._scrape)
         self._workers: list[WorkerSnapshot] = []
         self._adapters: list[AdapterInfo] = []

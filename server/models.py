@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import AsyncGenerator, Iterator, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -139,12 +139,16 @@ class ModelRegistry:
         host: loads and unloads.
         configured: name to path, as the operator gave them.
         models_dir: where Quantize writes; its directories are known by their names.
+
+    Attributes:
+        on_change: awaited whenever a model became ready or ceased to be, before the caller hears of it.
     """
 
     def __init__(self, host: ModelHost, configured: Mapping[str, Path], models_dir: Path) -> None:
         self._host = host
         self._models_dir = models_dir
         self._entries = {name: ModelEntry(name, path, configured=True) for name, path in configured.items()}
+        self.on_change: Callable[[], Awaitable[None]] | None = None
 
     def entries(self) -> list[ModelEntry]:
         """All known models, by name."""
@@ -216,6 +220,7 @@ class ModelRegistry:
                 entry.state = "failed"
                 entry.error = str(error) if isinstance(error, EngineError) else "the server failed on it"
                 raise
+        await self._announce()
         logger.info("model %s is ready", name, extra={"model": name, "seconds": round(info.load_seconds, 3)})
         return entry
 
@@ -231,12 +236,14 @@ class ModelRegistry:
         infos = self._host.models()
         for entry in self.configured():
             await self._equip(entry, infos[entry.name])
+        await self._announce()
 
     async def adopt(self, name: str, info: ModelInfo) -> ModelEntry:
         """Takes up a model that a job has written and loaded."""
         entry = self.get(name)
         async with entry.lock:
             await self._equip(entry, info)
+        await self._announce()
         return entry
 
     async def unload(self, name: str, *, force: bool) -> ModelEntry:
@@ -265,7 +272,12 @@ class ModelRegistry:
                 entry.state = "ready"
                 raise
             entry.info, entry.tokenizer = None, None
+        await self._announce()
         return entry
+
+    async def _announce(self) -> None:
+        if self.on_change is not None:
+            await self.on_change()
 
     async def _equip(self, entry: ModelEntry, info: ModelInfo) -> None:
         path = Path(info.tokenizer_path)

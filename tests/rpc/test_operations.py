@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
+import subprocess
 import threading
 import time
 from collections.abc import Callable
@@ -91,6 +93,35 @@ def test_a_token_in_the_environment_is_not_shown(start_server: Callable[..., Ser
     stubs.close()
 
 
+def certificates(directory: Path) -> tuple[Path, Path]:
+    """A self-signed certificate for localhost, and its key."""
+    cert, key = directory / "cert.pem", directory / "key.pem"
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", "-subj", "/CN=localhost",
+         "-addext", "subjectAltName=DNS:localhost", "-keyout", str(key), "-out", str(cert)],
+        check=True, capture_output=True,
+    )  # fmt: skip
+    return cert, key
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl is needed to make a certificate")
+def test_tls_and_client_certificates(start_server: Callable[..., ServerProcess], tmp_path: Path) -> None:
+    cert, key = certificates(tmp_path)
+    flags = ["--host", "localhost", "--tls-cert", str(cert), "--tls-key", str(key), "--tls-client-ca", str(cert)]
+    server = start_server(*flags)
+    with_pair = grpc.ssl_channel_credentials(cert.read_bytes(), key.read_bytes(), cert.read_bytes())
+    stubs = Stubs(server.address, with_pair)
+    assert len(generate(stubs).token_ids()) == 8
+    stubs.close()
+    for credentials in (None, grpc.ssl_channel_credentials(cert.read_bytes())):
+        stranger = Stubs(server.address, credentials)
+        with pytest.raises(grpc.RpcError) as caught:
+            generate(stranger)
+        assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+        stranger.close()
+    assert server.get("/livez")[0] == 200  # probes need no certificate
+
+
 # --------------------------------------------------------------------------------------------- health and reflection
 
 
@@ -115,6 +146,8 @@ def test_a_killed_worker_shows_in_health_and_comes_back(start_server: Callable[.
         list(stream)
     wait_for(lambda: not stubs.is_serving(f"model/{MODEL}"))
     assert server.get("/readyz")[0] == 503
+    model = stubs.model.GetModel(model_pb2.GetModelRequest(name=MODEL), timeout=TIMEOUT).model
+    assert model.state == model_pb2.MODEL_STATE_FAILED
     assert generate(stubs).token_ids() == before  # waits for the restart
     wait_for(lambda: stubs.is_serving(f"model/{MODEL}") and server.get("/readyz")[0] == 200)
     assert server.metric("whet_worker_restarts_total", worker="0") == 1.0
