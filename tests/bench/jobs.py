@@ -83,7 +83,13 @@ def train(bench: Bench) -> None:
         sides["transformers"] = _ReferenceTrainer(bench).rate
     scale = bench.scale
     bench.report(
-        "train", "tokens/s", GENERATOR, bench.medians(sides), batch=scale.train_batch, seq_len=scale.train_tokens
+        "train",
+        "tokens/s",
+        GENERATOR,
+        bench.medians(sides, rounds=scale.train_rounds, warm_up=0),
+        rounds=scale.train_rounds,
+        batch=scale.train_batch,
+        seq_len=scale.train_tokens,
     )
 
 

@@ -29,20 +29,22 @@ class Scale:
 
     Attributes:
         rounds: repetitions, each side in turn; the median counts.
+        train_rounds: those of training, where each is a median over steps already.
         warm_up: rounds before those, which are thrown away.
     """
 
-    rounds: int = 5
+    rounds: int = 3
     warm_up: int = 1
     prompt_tokens: int = 128
-    new_tokens: int = 64
-    prefill_tokens: int = 1024
+    new_tokens: int = 32
+    prefill_tokens: int = 512
     train_batch: int = 4
-    train_tokens: int = 256
-    train_steps: int = 6
+    train_tokens: int = 128
+    train_steps: int = 4
+    train_rounds: int = 2
     embed_texts: int = 64
     embed_tokens: int = 32
-    perplexity_tokens: int = 2048
+    perplexity_tokens: int = 1024
     perplexity_window: int = 512
 
 
@@ -56,6 +58,7 @@ QUICK = Scale(
     train_batch=2,
     train_tokens=16,
     train_steps=3,
+    train_rounds=1,
     embed_texts=4,
     embed_tokens=8,
     perplexity_tokens=128,
@@ -131,11 +134,19 @@ class Bench:
 
     # --------------------------------------------------------------------------------------------------- measuring
 
-    def medians(self, sides: dict[str, Callable[[], float]]) -> dict[str, float]:
+    def medians(
+        self, sides: dict[str, Callable[[], float]], rounds: int | None = None, warm_up: int | None = None
+    ) -> dict[str, float]:
         """Each side's median over the rounds; in every round each side has its turn, so that both see the same
-        machine."""
+        machine.
+
+        Args:
+            rounds, warm_up: None: those of the scale.
+        """
+        rounds = self.scale.rounds if rounds is None else rounds
+        warm_up = self.scale.warm_up if warm_up is None else warm_up
         values: dict[str, list[float]] = {side: [] for side in sides}
-        for round_ in range(-self.scale.warm_up, self.scale.rounds):
+        for round_ in range(-warm_up, rounds):
             for side, measure in sides.items():
                 value = measure()
                 if round_ >= 0:
@@ -150,7 +161,7 @@ class Bench:
             "unit": unit,
             "model": self.label(model),
             "threads": self.threads,
-            "rounds": self.scale.rounds,
+            "rounds": more.pop("rounds", self.scale.rounds),
             "quick": self.quick,
         }
         if "transformers" in medians:
