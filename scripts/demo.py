@@ -133,7 +133,7 @@ def perplexity(whet: Client) -> None:
 
 def quantize(whet: Client) -> None:
     """Four-bit weights in groups of 32, embeddings included; the copy answers at once."""
-    _title("Quantization to four bits")
+    _title("Quantization to four bits (of a file that is about that small already)")
     output = f"{MODEL}-q4"
     job = whet.quantize(
         model=MODEL, scheme="q4", symmetric=False, quantize_embeddings=True, quantize_head=True, output=output, eval_text=PLAIN_TEXT
