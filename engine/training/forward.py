@@ -116,15 +116,16 @@ def forward_difference(
     difference = torch.zeros((), dtype=torch.float64)
     largest = torch.zeros((), dtype=torch.float64)
     for batch in batches:
-        trained = forward.hidden(batch, adapter).detach()
+        with torch.enable_grad():  # as in training
+            trained = forward.hidden(batch, adapter).detach()
         yield
-        sequences = [ids.tolist() for ids in batch.token_ids.split(batch.lengths)]
+        sequences = [ids.tolist() for ids in torch.split(batch.token_ids, batch.lengths)]
         starts = [sum(batch.lengths[:index]) for index in range(len(sequences))]
         for states in chunked_hidden(
             model, sequences, max_tokens=config.max_batch_tokens, adapter=adapter, block_size=config.block_size
         ):
             for index, served in states:
-                for part in served.split(rows):
+                for part in torch.split(served, rows):
                     with torch.no_grad():
                         ours = forward.logits(trained[starts[index] : starts[index] + len(part)])
                         theirs = model.compute_logits(part)
