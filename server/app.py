@@ -267,6 +267,7 @@ class App:
         """No new work; training checkpoints, streams finish, then everything closes."""
         began = time.monotonic()
         self.admission.drain()
+        self.runs.drain()
         await self.health.update()
         # What is on its way out may still be written once the workers are done.
         await self.pool.stop(self.config.drain_seconds)
