@@ -21,6 +21,7 @@ from engine.request import Request, SamplingParams
 
 GENERATOR = "generator"
 EMBEDDER = "embedder"
+DEFAULT_MODELS = {GENERATOR: "smollm2-135m", EMBEDDER: "all-minilm-l6-v2"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,7 +97,7 @@ class Bench:
             return self._once("tiny", lambda: _save_tiny(self.work_dir / "tiny"))  # type: ignore[no-any-return]
         if name == GENERATOR and self.model is not None:
             return self.model
-        wanted = "smollm2-135m" if name == GENERATOR else "all-minilm-l6-v2"
+        wanted = DEFAULT_MODELS[name]
         models = embedded_models()
         if wanted not in models:
             raise SystemExit(f"the package of {wanted} is not installed; make env installs it, or give --model PATH")
@@ -104,8 +105,9 @@ class Bench:
 
     def label(self, name: str) -> str:
         """Name of a model in the results."""
-        path = self.path(name)
-        return "tiny-llama" if self.quick else path.name
+        if self.quick:
+            return "tiny-llama"
+        return self.model.name if name == GENERATOR and self.model is not None else DEFAULT_MODELS[name]
 
     @property
     def engine(self) -> Engine:
