@@ -23,7 +23,7 @@ from engine.jobs import (
     QuantizeProgress,
 )
 from engine.names import validate_name
-from engine.request import FinishReason, SamplingParams, Timings, TokenLogprob
+from engine.request import MAX_LOGIT_BIAS, FinishReason, SamplingParams, Timings, TokenLogprob
 from whet.v1 import common_pb2, embedding_pb2, evaluation_pb2, generation_pb2, model_pb2, quantization_pb2
 
 MAX_INT32 = 2**31 - 1
@@ -127,6 +127,8 @@ def from_sampling(message: generation_pb2.SamplingParams, vocab_size: int) -> Sa
         )
         if message.HasField(name)
     }
+    if len(message.logit_bias) > MAX_LOGIT_BIAS:  # counted before they are copied
+        raise reject("sampling.logit_bias", f"{len(message.logit_bias)} entries", f"at most {MAX_LOGIT_BIAS} entries")
     params = SamplingParams(
         **given,
         stop_token_ids=list(message.stop_token_ids),
