@@ -155,14 +155,22 @@ def to_token_logprobs(
     """One message per token; a token without a log-probability (the first of a prompt) has its id alone."""
     messages = []
     for token_id, entry in zip(token_ids, logprobs, strict=True):
-        if entry is None:
-            messages.append(generation_pb2.TokenLogprob(token_id=token_id))
-            continue
-        top = [generation_pb2.TopLogprob(token_id=other, logprob=logprob) for other, logprob in entry.top]
-        messages.append(
-            generation_pb2.TokenLogprob(token_id=entry.token_id, logprob=entry.logprob, rank=entry.rank, top=top)
-        )
+        message = generation_pb2.TokenLogprob(token_id=token_id)
+        if entry is not None:
+            message.logprob, message.rank = entry.logprob, entry.rank
+            for other, logprob in entry.top:
+                message.top.add(token_id=other, logprob=logprob)
+        messages.append(message)
     return messages
+
+
+def to_prompt_logprobs(
+    logprobs: Sequence[TokenLogprob | None], token_ids: Sequence[int]
+) -> generation_pb2.GenerateResponse:
+    """A ``started`` of the log-probabilities alone. They may be half a million numbers, which take a second: call it in
+    a thread, and merge the rest into it afterwards."""
+    started = generation_pb2.GenerationStarted(prompt_logprobs=to_token_logprobs(logprobs, token_ids))
+    return generation_pb2.GenerateResponse(started=started)
 
 
 def to_timings(timings: Timings, num_completion_tokens: int) -> generation_pb2.GenerationTimings:
