@@ -26,9 +26,7 @@ class SliceBudget:
         is_serving: whether requests are running now.
     """
 
-    def __init__(
-        self, target_seconds: float, max_tokens: int, is_serving: Callable[[], bool] = lambda: True
-    ) -> None:
+    def __init__(self, target_seconds: float, max_tokens: int, is_serving: Callable[[], bool] = lambda: True) -> None:
         self._target_seconds = target_seconds
         self._max_tokens = max_tokens
         self._is_serving = is_serving
