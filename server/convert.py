@@ -128,7 +128,11 @@ def from_sampling(message: generation_pb2.SamplingParams, vocab_size: int) -> Sa
         if message.HasField(name)
     }
     if len(message.logit_bias) > MAX_LOGIT_BIAS:  # counted before they are copied
-        raise reject("sampling.logit_bias", f"{len(message.logit_bias)} entries", f"at most {MAX_LOGIT_BIAS} entries")
+        raise InvalidArgumentError(
+            f"sampling.logit_bias is {len(message.logit_bias)} entries; accepted: at most {MAX_LOGIT_BIAS} entries",
+            field="sampling.logit_bias",
+            reason="LIMIT_EXCEEDED",
+        )
     params = SamplingParams(
         **given,
         stop_token_ids=list(message.stop_token_ids),
