@@ -107,8 +107,8 @@ class Deployment:
     # ------------------------------------------------------------------------------------------------------- models
 
     async def load_model(self, name: str, path: str | Path) -> ModelInfo:
-        """Loads a model on every worker, or on none. One that every worker lost, as its new life could not load it, is
-        loaded again.
+        """Loads a model on every worker, or on none. One that no worker could load again after a restart is tried once
+        more.
 
         Raises:
             AlreadyExistsError: the name is taken by another path.
@@ -135,14 +135,20 @@ class Deployment:
             loaded = [(r, info) for r, info in zip(replicas, results, strict=True) if isinstance(info, ModelInfo)]
             errors = [error for error in results if isinstance(error, BaseException)]
             refusals = [error for error in errors if not isinstance(error, WorkerLostError)]
-            if refusals or not loaded:
-                if known is None:
-                    del self._paths[name]
+            if known is not None:
+                # It is to be served again, by as many workers as can; nothing is taken back.
+                for replica, error in zip(replicas, results, strict=True):
+                    if isinstance(error, EngineError) and not isinstance(error, WorkerLostError):
+                        replica.failures[name] = error
+                if not loaded:
+                    self._router.notify()
+                    raise (refusals or errors)[0]
+            elif refusals or not loaded:
+                del self._paths[name]
                 for replica, _ in loaded:
                     replica.models.discard(name)
                     with contextlib.suppress(WorkerLostError):
                         await replica.call(type(None), lambda call: UnloadModel(call_id=call, name=name))
-                self._router.notify()
                 raise (refusals or errors)[0]
             for replica, info in loaded:
                 self._serve(replica, info)
