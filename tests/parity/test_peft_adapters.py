@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.core.loaded import LoadedModel
 from engine.core.chunked import serving_logits
+from engine.core.loaded import LoadedModel
 from engine.jobs import LoRAParams, TokenizedExample, TrainFinished, TrainStep
 from engine.lora.peft import load_adapter
 from engine.training.batching import BatchOrder, MicroBatch
