@@ -184,8 +184,8 @@ class Engine:
         return self._jobs.cancel(job_id)
 
     def checkpoint_jobs(self) -> list[JobEvent]:
-        """Ends all jobs, training runs with a checkpoint from which they can resume. For a drain."""
-        return self._jobs.interrupt(StopAndCheckpoint())
+        """Ends training runs with a checkpoint from which they can resume; other jobs go on. For a drain."""
+        return self._jobs.interrupt(JOB_KINDS[TrainSpec], StopAndCheckpoint())
 
     def has_jobs(self) -> bool:
         """Whether advance_jobs has work."""

@@ -75,11 +75,11 @@ class JobLoop:
             job_id=job_id, error_code="cancelled", error_message="the job was cancelled", error_reason="CANCELLED"
         )
 
-    def interrupt(self, error: Exception) -> list[JobEvent]:
-        """Throws ``error`` into every job and returns the events with which they end."""
+    def interrupt(self, kind: str, error: Exception) -> list[JobEvent]:
+        """Throws ``error`` into every job of that kind and returns the events with which they end."""
         events: list[JobEvent] = []
-        while self._jobs:
-            job = self._jobs.popleft()
+        for job in [job for job in self._jobs if job.kind == kind]:
+            self._jobs.remove(job)
             try:
                 if isinstance(job.slices, Generator):
                     event = job.slices.throw(error)

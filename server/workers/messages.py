@@ -151,7 +151,7 @@ class CancelJob(Call, frozen=True, kw_only=True):
 
 
 class CheckpointJobs(Call, frozen=True, kw_only=True):
-    """Ends all jobs, training runs resumably. Replies None; their terminal events come as JobEvents first."""
+    """Ends training runs, resumably; other jobs go on. Replies None; their terminal events come as JobEvents first."""
 
 
 class ListAdapters(Call, frozen=True, kw_only=True):

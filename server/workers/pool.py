@@ -148,7 +148,7 @@ class WorkerPool:
         await self._deployment.wait_loaded()
 
     async def stop(self, drain_seconds: float = 0.0) -> None:
-        """Refuses new work, has training runs checkpoint and end, lets streams finish, then ends the workers.
+        """Refuses new work, has training runs checkpoint and end, lets all else finish, then ends the workers.
 
         Args:
             drain_seconds: for all of that; what is left then ends with UnavailableError, and a worker that does not
@@ -164,7 +164,7 @@ class WorkerPool:
             logger.error("jobs did not checkpoint within %g s; they end as they are", drain_seconds)
         except EngineError as error:
             logger.error("jobs could not be ended in order: %s", error.message)
-        while self.num_streams and time.monotonic() < deadline:
+        while (self.num_streams or self.num_jobs) and time.monotonic() < deadline:
             await asyncio.sleep(0.02)
         patience = min(self._supervision.stop_timeout_seconds, max(1.0, deadline - time.monotonic()))
         await asyncio.gather(*(replica.stop(patience) for replica in self._router.replicas))
@@ -261,7 +261,7 @@ class WorkerPool:
         await self._jobs.cancel(job_id)
 
     async def checkpoint_jobs(self) -> None:
-        """Ends all jobs, training runs with a checkpoint to resume from. Their terminal events come first."""
+        """Ends training runs with a checkpoint to resume from. Their terminal events come first."""
         replicas = [replica for replica in self._router.replicas if replica.answers and replica.jobs]
         calls = (replica.call(type(None), lambda call: CheckpointJobs(call_id=call)) for replica in replicas)
         outcomes = await asyncio.gather(*calls, return_exceptions=True)
@@ -337,6 +337,11 @@ class WorkerPool:
         return await replica.call(str, lambda call: AdapterPath(call_id=call, model=model, name=name, version=version))
 
     # -------------------------------------------------------------------------------------------------- how it fares
+
+    @property
+    def num_jobs(self) -> int:
+        """Jobs that workers are at."""
+        return sum(len(replica.jobs) for replica in self._router.replicas)
 
     @property
     def num_streams(self) -> int:

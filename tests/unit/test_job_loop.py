@@ -123,12 +123,13 @@ def test_interrupt_lets_every_job_say_how_it_ended() -> None:
 
     loop = JobLoop(slice_seconds=0.0, share=0.5, clock=Clock())
     loop.start("careful", "train", "m", careful())
-    loop.start("careless", "embed", "m", work(Clock(), "careless", 5, 1.0, []))
-    loop.advance(serving=False)
-    loop.advance(serving=False)
-    events = {event.job_id: event for event in loop.interrupt(Stop())}
+    loop.start("careless", "train", "m", work(Clock(), "careless", 5, 1.0, []))
+    loop.start("other", "embed", "m", work(Clock(), "other", 5, 1.0, []))
+    for _ in range(3):
+        loop.advance(serving=False)
+    events = {event.job_id: event for event in loop.interrupt("train", Stop())}
     assert isinstance(events["careful"], JobWarning)
     careless = events["careless"]
     assert isinstance(careless, JobFailed)
     assert careless.error_reason == "INTERRUPTED"
-    assert len(loop) == 0
+    assert len(loop) == 1
