@@ -23,9 +23,9 @@ from server.workers.messages import WorkerConfig
 # about it is the parent's to decide, which may well be to let streams finish; so both are ignored before the first slow
 # import. Shutdown, or the end of the parent, ends a worker. The package's root comes as an argument because the
 # parent's sys.path is not inherited.
-# GNU OpenMP reads its settings as torch loads it. Its own choice is to spin some milliseconds at each barrier: wherever
-# cores are shared with anything else, threads then burn the time that those they wait for need (decoding fell from 16 to
-# 2 tokens/s beside one busy process). At 20,000 turns it keeps its cores to itself at 95% of the undisturbed rate.
+# GNU OpenMP reads its settings as torch loads it. Its own choice is to spin some milliseconds at each barrier: where
+# cores are shared with anything else, threads then burn the time that those they wait for need (decoding fell from 16
+# to 2 tokens/s beside busy processes). With 20,000 turns decoding is at 95% of its undisturbed rate or better.
 _SPIN = "import os; 'OMP_WAIT_POLICY' in os.environ or os.environ.setdefault('GOMP_SPINCOUNT', '20000'); "
 _BOOT = (
     f"{_SPIN}import signal, sys; signal.signal(signal.SIGINT, signal.SIG_IGN); "
