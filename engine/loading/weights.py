@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from engine.errors import FormatError, ShapeError
 from engine.loading.checkpoint import Checkpoint
+from engine.loading.experts import StackedExperts, has_single_experts
 
 SHOWN_NAMES = 5
 
@@ -30,7 +31,8 @@ _IGNORED = re.compile(
     r"(.*\.)?rotary_emb\.inv_freq|(.*\.)?position_ids|(.*\.)?masked_bias"
     r"|mtp\..*|(model\.)?(vision_tower|multi_modal_projector|visual)\..*"
 )
-"""Buffers that are computed, and parts of a checkpoint that the language model does not have."""
+"""Buffers that are computed, and parts of a checkpoint that the language model does not have: towers of other
+modalities, and heads that predict several tokens (``mtp``), for as long as no draft method uses them."""
 
 _IGNORED_OF_ENCODERS = re.compile(
     r"(cls|classifier|lm_head|pooler|qa_outputs|score|pre_classifier|vocab_\w+|(bert|roberta|mpnet)\.pooler)(\..*)?"
@@ -56,6 +58,8 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint, dtype: torch.dtype, d
         ShapeError: a tensor has another shape than its parameter.
     """
     wanted = _named_tensors(model)
+    if has_single_experts(checkpoint.names()):
+        checkpoint = StackedExperts(checkpoint)
     assert any(t.dtype == dtype for t in wanted.values()), f"the model was not built for {dtype}"
     sources = match_names(checkpoint.names(), wanted, encoder=checkpoint.config.task == "embed")
     if "lm_head.weight" not in wanted:

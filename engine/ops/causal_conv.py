@@ -40,7 +40,7 @@ def causal_conv(
     windows = windows.to(x.dtype)
     if len(x) == num_sequences and not captures:  # one token each
         extended = torch.cat((windows, x[:, None]), dim=1)
-        return torch.einsum("swc,cw->sc", extended, weight.to(x.dtype)), extended[:, 1:], []
+        return (extended * weight.to(x.dtype).mT).sum(dim=1), extended[:, 1:], []
     # Each sequence behind its window, all in one tensor, so that a tap is one shifted product.
     parts: list[Tensor] = []
     for s, (start, end) in enumerate(pairwise(seq_starts)):

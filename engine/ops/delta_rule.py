@@ -23,7 +23,7 @@ from torch import Tensor
 CHUNK_SIZE_CPU = 32
 CHUNK_SIZE_DEVICE = 64
 """Tokens of a chunk. Work within chunks grows with it, the number of dependent steps falls. On a CPU, where a step
-costs no launch, 32 took 0.7 of the time of 64 (2,048 tokens, heads of 128 x 128, one core), and 16 little less than 32."""
+costs no launch, 32 took 0.7 of the time of 64 (2,048 tokens, heads of 128 x 128, one core), and 16 little less."""
 
 
 def state_dtype(x: Tensor) -> torch.dtype:
