@@ -194,5 +194,5 @@ def test_every_layer(tmp_path: Path, kind: str) -> None:
     for name in [f"{i}{suffix}" for i in range(4) for suffix in ("", ".self_attn" if i == 3 else ".linear_attn")]:
         ours, theirs = seen[f"ours.{name}"][0], torch.cat(seen[f"theirs.{name}"])
         assert theirs.std() > 0.01, name
-        # The residual stream grows to tens, and rounding with it.
-        assert (ours - theirs).abs().max() < max(TOLERANCE, 1e-5 * theirs.abs().max()), name
+        # Relative to their spread: the residual stream of random weights grows with depth, and rounding with it.
+        assert (ours - theirs).abs().max() < TOLERANCE * max(1.0, theirs.std().item()), name
