@@ -38,8 +38,8 @@ ENV PATH=/opt/whet/bin:$PATH \
 USER 10001:10001
 WORKDIR /var/lib/whet
 VOLUME ["/var/lib/whet", "/tmp"]
-EXPOSE 50051 9464
+EXPOSE 50051 9090
 STOPSIGNAL SIGTERM
 HEALTHCHECK --interval=10s --timeout=3s --start-period=120s --retries=3 \
-    CMD ["python", "-c", "import urllib.request as u; u.urlopen('http://127.0.0.1:9464/livez', timeout=2)"]
+    CMD ["python", "-c", "import urllib.request as u; u.urlopen('http://127.0.0.1:9090/livez', timeout=2)"]
 ENTRYPOINT ["whet-server"]

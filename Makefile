@@ -12,6 +12,7 @@ help:
 	@echo "make bench   measure; one JSON line a measure"
 	@echo "make env     make $(VENV) with everything pinned by constraints.txt"
 	@echo "make proto   regenerate the gRPC stubs"
+	@echo "make docs    regenerate docs/configuration.md"
 	@echo "make format  format the code"
 
 env: $(STAMP)
@@ -46,6 +47,7 @@ check: env
 	$(BIN)/lint-imports
 	$(BIN)/buf lint
 	$(BIN)/python scripts/gen_proto.py --check
+	$(BIN)/python -m scripts.gen_docs --check
 	$(BIN)/hadolint Dockerfile
 
 format: env
@@ -54,6 +56,9 @@ format: env
 
 proto: env
 	$(BIN)/python scripts/gen_proto.py
+
+docs: env
+	$(BIN)/python -m scripts.gen_docs
 
 bench: env
 	$(BIN)/python -m tests.bench

@@ -10,7 +10,6 @@ while engine.has_requests():
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +19,7 @@ import torch
 from engine.config import EngineConfig
 from engine.core.job_loop import JobLoop
 from engine.core.loaded import LoadedModel
+from engine.core.machine import usable_cores
 from engine.core.model_loader import load_model
 from engine.core.runner import Runner
 from engine.errors import AlreadyExistsError, FailedPreconditionError, InvalidArgumentError, NotFoundError
@@ -53,7 +53,7 @@ class Engine:
         self.config = config
         self.device = _device(config.device)
         self.dtype = _dtype(config.dtype, self.device)
-        torch.set_num_threads(config.num_threads or os.cpu_count() or 1)
+        torch.set_num_threads(config.num_threads or usable_cores())
         self._models: dict[str, LoadedModel] = {}
         self._owners: dict[str, Runner] = {}
         self._jobs = JobLoop(config.job_slice_seconds, config.job_share)

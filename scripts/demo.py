@@ -12,6 +12,7 @@ import tempfile
 from pathlib import Path
 
 from rich.console import Console
+from rich.progress import Progress
 from rich.table import Table
 
 from whet import Client
@@ -23,6 +24,13 @@ QUESTION = "What is the capital of France?"
 PIRATE_TEXT = (
     "Arr, matey! Paris be the capital of France. Yo ho ho! Arr, matey! The rum be gone and the wind be fair. Yo ho ho! "
     "Arr, matey! A compass be the tool that shows ye the north. Yo ho ho!"
+)
+PLAIN_TEXT = (
+    "The tower of London was begun by William the Conqueror soon after the Norman conquest, and served over the "
+    "centuries as a palace, a treasury, a mint and a prison. Its white walls were built of stone brought by ship from "
+    "Caen in Normandy. Ravens have lived within the walls for as long as anyone can remember, and a legend says that "
+    "the kingdom will fall should they ever leave. Today the tower holds the crown jewels, and about three million "
+    "visitors a year come to see them."
 )
 SENTENCES = ["A cat sleeps on the sofa.", "A kitten naps on the couch.", "The stock market fell today."]
 
@@ -103,7 +111,7 @@ def train(whet: Client) -> None:
     )
     for event in run:
         if event.kind == "step":
-            console.print(f"step {event.step:3d}  loss {event.loss:.3f}", end="\r")
+            console.print(f"step {event.step:3d}  loss {event.loss:.3f}")
         elif event.kind == "evaluation":
             console.print(f"step {event.step:3d}  held-out NLL {event.nll:.3f}")
         elif event.kind == "finished":
@@ -124,18 +132,23 @@ def perplexity(whet: Client) -> None:
 
 
 def quantize(whet: Client) -> None:
-    """Four-bit weights in groups of 32; the copy answers at once, under the adapter too."""
-    _title("Quantization")
-    job = whet.quantize(model=MODEL, scheme="q8", output=f"{MODEL}-q8", eval_text=EXAMPLES.read_text()[:2000])
-    for progress in job:
-        console.print(f"{progress.stage} {progress.tensors_done}/{progress.tensors_total}   ", end="\r")
+    """Four-bit weights in groups of 32, embeddings included; the copy answers at once."""
+    _title("Quantization to four bits (of a file that is about that small already)")
+    output = f"{MODEL}-q4"
+    job = whet.quantize(
+        model=MODEL, scheme="q4", symmetric=False, quantize_embeddings=True, quantize_head=True, output=output, eval_text=PLAIN_TEXT
+    )
+    with Progress(console=console, transient=True) as bar:
+        task = bar.add_task("")
+        for progress in job:
+            bar.update(task, description=progress.stage, completed=progress.tensors_done, total=progress.tensors_total)
     report = job.report
     console.print(
         f"{report.bytes_in / 1e6:.0f} MB to {report.bytes_out / 1e6:.0f} MB (ratio {report.ratio:.2f}), "
         f"{report.num_quantized} tensors; perplexity {report.perplexity_before:.2f} to {report.perplexity_after:.2f}, "
         f"logit KL {report.logit_kl:.4f} nats"
     )
-    _answer(whet, f"{MODEL}-q8")
+    _answer(whet, output)
 
 
 def embed(whet: Client) -> None:

@@ -156,6 +156,7 @@ class App:
         self.admission = Admission(config.max_active_requests, self.metrics)
         self.runs = RunManager(archive, self.pool, self.metrics, config.max_active_runs)
         self.health = Health(SERVICE_NAMES, self.pool, self.models, self.admission)
+        self.models.on_change = self.health.update
         self.http = HttpServer(self.health, self._scrape)
         self._workers: list[WorkerSnapshot] = []
         self._adapters: list[AdapterInfo] = []
@@ -266,6 +267,7 @@ class App:
         """No new work; training checkpoints, streams finish, then everything closes."""
         began = time.monotonic()
         self.admission.drain()
+        self.runs.drain()
         await self.health.update()
         # What is on its way out may still be written once the workers are done.
         await self.pool.stop(self.config.drain_seconds)

@@ -205,6 +205,11 @@ class ServerConfig(BaseSettings):
     def _read_size(cls, value: Any) -> Any:
         return parse_bytes(value) if isinstance(value, str) else value
 
+    @field_validator("state_dir", "auth_token_file", "tls_cert", "tls_key", "tls_client_ca")
+    @classmethod
+    def _expand_home(cls, value: Path | None) -> Path | None:
+        return value.expanduser() if value is not None else None
+
     @field_validator("block_size")
     @classmethod
     def _check_block_size(cls, value: int) -> int:

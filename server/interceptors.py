@@ -15,8 +15,9 @@ from contextlib import AbstractAsyncContextManager, AsyncExitStack, aclosing, as
 from typing import Any
 
 import grpc
+from google.protobuf.message import DecodeError
 
-from engine.errors import EngineError, InternalError
+from engine.errors import EngineError, InternalError, InvalidArgumentError
 from server.errors import DeadlineExceededError, UnauthenticatedError, to_grpc_status
 from server.metrics import Metrics
 from server.rpc import REQUEST_ID_KEY, Call, Context, enter_call, new_request_id, validate_request_id
@@ -58,15 +59,14 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             async with AsyncExitStack() as stack:
                 for layer in self._layers:
                     await stack.enter_async_context(layer(call, context))
-                _identify(call, context, None if handler.request_streaming else request)
-                response = await inner(request, context)
+                response = await inner(_received(call, context, request, handler.request_streaming), context)
                 await call.send_initial_metadata(context)
                 return response
 
         make = (
             grpc.stream_unary_rpc_method_handler if handler.request_streaming else grpc.unary_unary_rpc_method_handler
         )
-        return make(serve, handler.request_deserializer, handler.response_serializer)
+        return make(serve, _lenient(handler.request_deserializer), handler.response_serializer)
 
     def _wrap_stream(
         self, handler: grpc.RpcMethodHandler[Any, Any], service: str, method: str
@@ -80,8 +80,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             async with AsyncExitStack() as stack:
                 for layer in self._layers:
                     await stack.enter_async_context(layer(call, context))
-                _identify(call, context, None if handler.request_streaming else request)
-                responses = inner(request, context)
+                responses = inner(_received(call, context, request, handler.request_streaming), context)
                 if not hasattr(responses, "__aiter__"):  # a handler that writes to the context
                     await responses
                     return
@@ -93,7 +92,41 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         make = (
             grpc.stream_stream_rpc_method_handler if handler.request_streaming else grpc.unary_stream_rpc_method_handler
         )
-        return make(serve, handler.request_deserializer, handler.response_serializer)
+        return make(serve, _lenient(handler.request_deserializer), handler.response_serializer)
+
+
+class _Malformed:
+    """In the place of a request whose bytes are no message: grpc itself would call that a fault of the server."""
+
+
+def _lenient(deserialize: Callable[[bytes], Any] | None) -> Callable[[bytes], Any]:
+    def read(data: bytes) -> Any:
+        try:
+            return deserialize(data) if deserialize is not None else data
+        except DecodeError:
+            return _Malformed()
+
+    return read
+
+
+def _checked(request: Any) -> Any:
+    if isinstance(request, _Malformed):
+        raise InvalidArgumentError("the bytes of the request are no message of this RPC", reason="MALFORMED_MESSAGE")
+    return request
+
+
+def _received(call: Call, context: Context, request: Any, is_stream: bool) -> Any:
+    """The request, or the stream of requests, checked to be messages; the call takes its id from it."""
+    if not is_stream:
+        _identify(call, context, _checked(request))
+        return request
+    _identify(call, context, None)
+
+    async def messages() -> AsyncIterator[Any]:
+        async for message in request:
+            yield _checked(message)
+
+    return messages()
 
 
 def _identify(call: Call, context: Context, request: Any) -> None:

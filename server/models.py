@@ -9,11 +9,11 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal, Protocol, TypeVar
 
 from engine.errors import CancelledError, EngineError, FailedPreconditionError, FormatError, NotFoundError
 from engine.info import ModelInfo
@@ -22,6 +22,7 @@ from engine.tokenizer import Tokenizer
 
 logger = logging.getLogger("whet.models")
 
+T = TypeVar("T")
 ModelState = Literal["unloaded", "loading", "ready", "failed"]
 _PROMPTS_FILE = "config_sentence_transformers.json"
 
@@ -58,43 +59,63 @@ class ModelEntry:
     tokenizer: Tokenizer | None = None
     prompts: Mapping[str, str] = field(default_factory=dict)
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
-    _users: set[asyncio.Task[object]] = field(default_factory=set)
-    _evicted: set[asyncio.Task[object]] = field(default_factory=set)
-
-    @property
-    def num_users(self) -> int:
-        """Calls that are using it."""
-        return len(self._users)
+    num_users: int = 0
+    _guarded: set[asyncio.Task[None]] = field(default_factory=set)
 
     @contextmanager
     def use(self) -> Iterator[None]:
-        """Marks the model as used by this task while the body runs.
+        """Counts a user of the model while the body runs."""
+        self.num_users += 1
+        try:
+            yield
+        finally:
+            self.num_users -= 1
+
+    async def guard(self, source: AsyncGenerator[T]) -> AsyncGenerator[T]:
+        """Yields what ``source`` yields, which is work on this model that an unload by force may end.
+
+        ``source`` runs in a task of its own: that can be cancelled at any time, where a call's own task, amid a write
+        to the wire, cannot.
 
         Raises:
             CancelledError: the model was unloaded by force meanwhile.
         """
-        task = asyncio.current_task()
-        assert task is not None
-        self._users.add(task)
+        items: asyncio.Queue[T | _End] = asyncio.Queue()
+
+        async def pump() -> None:
+            async with aclosing(source):
+                async for item in source:
+                    items.put_nowait(item)
+
+        task = asyncio.create_task(pump())
+        task.add_done_callback(lambda _: items.put_nowait(_END))
+        self._guarded.add(task)
         try:
-            yield
-        except asyncio.CancelledError:
-            if task not in self._evicted:
-                raise
-            task.uncancel()
-            raise CancelledError(f"model {self.name!r} was unloaded", reason="MODEL_UNLOADED") from None
+            while not isinstance(item := await items.get(), _End):
+                yield item
+            if task.cancelled():
+                raise CancelledError(f"model {self.name!r} was unloaded", reason="MODEL_UNLOADED")
+            task.result()
         finally:
-            self._users.discard(task)
-            self._evicted.discard(task)
+            self._guarded.discard(task)
+            if not task.done():
+                task.cancel()
+                await asyncio.wait({task})
 
     async def evict(self) -> None:
-        """Ends all calls that use the model, and waits until they have let go of it."""
-        users = set(self._users)
-        self._evicted |= users
-        for task in users:
+        """Ends all guarded work on the model, and waits until the workers have been told."""
+        guarded = set(self._guarded)
+        for task in guarded:
             task.cancel()
-        if users:
-            await asyncio.wait(users)
+        if guarded:
+            await asyncio.wait(guarded)
+
+
+class _End:
+    """After the last item."""
+
+
+_END = _End()
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,12 +139,16 @@ class ModelRegistry:
         host: loads and unloads.
         configured: name to path, as the operator gave them.
         models_dir: where Quantize writes; its directories are known by their names.
+
+    Attributes:
+        on_change: awaited whenever a model became ready or ceased to be, before the caller hears of it.
     """
 
     def __init__(self, host: ModelHost, configured: Mapping[str, Path], models_dir: Path) -> None:
         self._host = host
         self._models_dir = models_dir
         self._entries = {name: ModelEntry(name, path, configured=True) for name, path in configured.items()}
+        self.on_change: Callable[[], Awaitable[None]] | None = None
 
     def entries(self) -> list[ModelEntry]:
         """All known models, by name."""
@@ -195,6 +220,7 @@ class ModelRegistry:
                 entry.state = "failed"
                 entry.error = str(error) if isinstance(error, EngineError) else "the server failed on it"
                 raise
+        await self._announce()
         logger.info("model %s is ready", name, extra={"model": name, "seconds": round(info.load_seconds, 3)})
         return entry
 
@@ -210,12 +236,14 @@ class ModelRegistry:
         infos = self._host.models()
         for entry in self.configured():
             await self._equip(entry, infos[entry.name])
+        await self._announce()
 
     async def adopt(self, name: str, info: ModelInfo) -> ModelEntry:
         """Takes up a model that a job has written and loaded."""
         entry = self.get(name)
         async with entry.lock:
             await self._equip(entry, info)
+        await self._announce()
         return entry
 
     async def unload(self, name: str, *, force: bool) -> ModelEntry:
@@ -244,7 +272,12 @@ class ModelRegistry:
                 entry.state = "ready"
                 raise
             entry.info, entry.tokenizer = None, None
+        await self._announce()
         return entry
+
+    async def _announce(self) -> None:
+        if self.on_change is not None:
+            await self.on_change()
 
     async def _equip(self, entry: ModelEntry, info: ModelInfo) -> None:
         path = Path(info.tokenizer_path)

@@ -63,6 +63,7 @@ class RunManager:
         self._metrics = metrics
         self._max_active = max_active
         self._live: dict[str, _LiveRun] = {}
+        self._draining = False
         # One thread: writes come in order, and a slow disk holds up no stream.
         self._disk = ThreadPoolExecutor(1, thread_name_prefix="archive")
 
@@ -192,6 +193,10 @@ class RunManager:
             return await self._on_disk(self._archive.set_state, run_id, "cancelled")
         return await self.get(run_id)
 
+    def drain(self) -> None:
+        """From now on a run that loses its worker is interrupted, not failed."""
+        self._draining = True
+
     async def close(self, timeout: float) -> None:
         """Waits for the followers to archive the last events; runs that are still live count as interrupted."""
         followers = {run.follower for run in self._live.values() if run.follower is not None}
@@ -214,7 +219,7 @@ class RunManager:
                 if not is_train_event(event):
                     logger.error("run %s brought a %s, which no run has", run_id, type(event).__name__)
                     continue
-                if isinstance(event, JobFailed) and _is_interruption(event):
+                if isinstance(event, JobFailed) and self._is_interruption(event):
                     await self._end(run_id, live, "interrupted")
                     return
                 await self._on_disk(self._archive.append, run_id, event)
@@ -237,6 +242,10 @@ class RunManager:
         self._metrics.train_runs_total.labels(live.model, state).inc()
         self._live.pop(run_id, None)
         live.announce()
+
+    def _is_interruption(self, event: JobFailed) -> bool:
+        lost = self._draining and event.error_code == "unavailable"
+        return lost or event.error_reason in ("INTERRUPTED", "DRAINING")
 
     def _measure(self, live: _LiveRun, event: TrainEvent) -> None:
         metrics, labels = self._metrics, (live.model, live.adapter)
@@ -312,7 +321,3 @@ def interrupted(run_id: str) -> UnavailableError:
     return UnavailableError(
         f"run {run_id} was interrupted; ResumeRun goes on with it from its last checkpoint", reason="RUN_INTERRUPTED"
     )
-
-
-def _is_interruption(event: JobFailed) -> bool:
-    return event.error_reason in ("INTERRUPTED", "DRAINING")

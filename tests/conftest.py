@@ -12,6 +12,8 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Servers, workers and references share few cores in tests; threads that spin while they wait take them from each other.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
 def package_file(package: str, relative: str) -> Path:

@@ -13,7 +13,8 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 
-from engine.errors import AlreadyExistsError, EngineError, InternalError, NotFoundError, OutOfMemoryError
+from engine.core.failures import as_engine_error
+from engine.errors import AlreadyExistsError, EngineError, InternalError, NotFoundError
 from engine.jobs import TERMINAL_EVENTS, JobEvent, JobFailed
 
 logger = logging.getLogger(__name__)
@@ -169,15 +170,13 @@ class JobLoop:
 
 
 def _failure(job: _Job, error: Exception) -> JobFailed:
-    if isinstance(error, MemoryError) and not isinstance(error, EngineError):
-        error = OutOfMemoryError(f"the {job.kind} job ran out of memory: {error}")
-    if not isinstance(error, EngineError):
+    reported = as_engine_error(error, f"the {job.kind} job")
+    if isinstance(reported, InternalError):
         logger.error("%s job %s failed", job.kind, job.job_id, exc_info=error)
-        error = InternalError(f"the {job.kind} job failed: {type(error).__name__}: {error}")
     return JobFailed(
         job_id=job.job_id,
-        error_code=error.code,
-        error_message=error.message,
-        error_reason=error.reason,
-        error_field=error.field,
+        error_code=reported.code,
+        error_message=reported.message,
+        error_reason=reported.reason,
+        error_field=reported.field,
     )

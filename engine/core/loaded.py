@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from engine.config import EngineConfig, ModelConfig
+from engine.errors import FailedPreconditionError
 from engine.info import ModelInfo
 from engine.models.base import CausalLM, Model
 
@@ -41,8 +42,6 @@ class LoadedModel:
         Raises:
             FailedPreconditionError: it is an encoder.
         """
-        from engine.errors import FailedPreconditionError
-
         if not isinstance(self.model, CausalLM):
             raise FailedPreconditionError(
                 f"model {self.info.name!r} is an encoder ({self.info.model_type}); this needs a generative model",

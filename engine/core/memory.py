@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -12,32 +10,12 @@ from torch import Tensor
 
 from engine.config import EngineConfig, ModelConfig
 from engine.context import PagedCache
+from engine.core.machine import free_bytes
 from engine.errors import OutOfMemoryError
 
 CPU_CACHE_FRACTION = 0.25
 CUDA_CACHE_FRACTION = 0.85
 CPU_CACHE_LIMIT_BYTES = 4 << 30
-
-
-def free_bytes(device: torch.device) -> int:
-    """Memory that can still be had; of the cgroup where that is the tighter limit."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
-    for line in _read("/proc/meminfo").splitlines():
-        if line.startswith("MemAvailable:"):
-            available = int(line.split()[1]) * 1024
-    limit, used = _read("/sys/fs/cgroup/memory.max").strip(), _read("/sys/fs/cgroup/memory.current").strip()
-    if limit.isdigit() and used.isdigit():
-        available = min(available, int(limit) - int(used))
-    return max(available, 0)
-
-
-def _read(path: str) -> str:
-    try:
-        return Path(path).read_text()
-    except OSError:
-        return ""
 
 
 def block_bytes(config: ModelConfig, num_layers: int, block_size: int, dtype: torch.dtype) -> int:
@@ -79,8 +57,7 @@ def plan_num_blocks(
 def make_cache(
     config: ModelConfig, num_layers: int, num_blocks: int, block_size: int, device: torch.device, dtype: torch.dtype
 ) -> PagedCache:
-    """An attention cache, zeroed: a masked slot still enters products, so it must be finite. CPU pages become resident
-    as they are first written.
+    """An attention cache. On the CPU its pages become resident as they are first written.
 
     Raises:
         OutOfMemoryError: the device refuses it.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import defaultdict
 from collections.abc import Sequence as Seq
 
@@ -11,17 +12,18 @@ from torch import Tensor
 from engine.cache.full import FullAttentionManager
 from engine.context import PagedCache
 from engine.core.batch import pack
+from engine.core.failures import as_engine_error
 from engine.core.loaded import LoadedModel
-from engine.core.memory import make_cache
 from engine.core.scheduler import ScheduledBatch, ScheduledSequence, Scheduler
 from engine.core.sequence import Sequence, new_sequences
 from engine.errors import EngineError, InternalError, InvalidArgumentError
 from engine.info import ModelStats
-from engine.lora.adapter import Adapter
 from engine.models.base import CausalLM
 from engine.request import MAX_N, Request, RequestOutput
 from engine.sampling.logprobs import prompt_logprobs
 from engine.sampling.sampler import Sampler
+
+logger = logging.getLogger(__name__)
 
 PROMPT_LOGPROB_ROWS = 128
 """Positions of a prompt whose logits exist at one time: 73 MiB at a vocabulary of 150k."""
@@ -174,7 +176,6 @@ class Runner:
         """Takes the step into the sequence's state and says what came of it."""
         sequence = entry.sequence
         if isinstance(result, EngineError):
-            self._scrub(sequence)
             self._scheduler.finish(sequence, "error", result)
             return self._output(sequence, [])
         before = sequence.last_token_time
@@ -211,24 +212,14 @@ class Runner:
         return output
 
     def _fail(self, batch: ScheduledBatch, error: Exception) -> list[RequestOutput]:
-        if isinstance(error, EngineError):
-            reported = error
-        else:
-            reported = InternalError(f"the step failed: {type(error).__name__}: {error}")
-            reported.__cause__ = error
+        reported = as_engine_error(error, "the step")
+        if isinstance(reported, InternalError):
+            logger.error("a step of model %s failed", self._loaded.info.name, exc_info=error)
         outputs = []
         for entry in batch.entries:
-            self._scrub(entry.sequence)
             self._scheduler.finish(entry.sequence, "error", reported)
             outputs.append(self._output(entry.sequence, []))
         return outputs
-
-    def _scrub(self, sequence: Sequence) -> None:
-        """Zeroes what a failed sequence wrote: a masked slot still enters products, so a NaN left in a block would
-        reach whoever has the block next."""
-        shared = [block for block in sequence.block_table if self._manager.pool.ref_count(block) == 1]
-        for tensor in (*self._cache.keys, *self._cache.values):
-            tensor[shared] = 0
 
     # -------------------------------------------------------------------------------------------------------- stats
 
@@ -274,47 +265,3 @@ class Runner:
 
 def _pairs(entries: Seq[ScheduledSequence]) -> list[tuple[ScheduledSequence, Sequence]]:
     return [(entry, entry.sequence) for entry in entries]
-
-
-@torch.inference_mode()
-def serving_logits(loaded: LoadedModel, sequences: Seq[Seq[int]], adapter: Adapter | None = None) -> list[Tensor]:
-    """Logits of whole sequences through the path that serves: block cache, packed batch, chunks.
-
-    Uses a cache of its own, so that running requests are not disturbed.
-
-    Args:
-        sequences: token ids, each at least one.
-    Returns: per sequence [len, V] float32.
-    """
-    model = loaded.causal_lm()
-    size = loaded.engine_config.block_size
-    counts = [-(-len(ids) // size) for ids in sequences]
-    layers = model.num_attention_layers
-    cache = make_cache(loaded.config, layers, 1 + sum(counts), size, loaded.device, loaded.dtype)
-    tables, next_block = [], 1
-    for count in counts:
-        tables.append(list(range(next_block, next_block + count)))
-        next_block += count
-    done = [0] * len(sequences)
-    logits: list[list[Tensor]] = [[] for _ in sequences]
-    while any(d < len(ids) for d, ids in zip(done, sequences, strict=True)):
-        budget = loaded.engine_config.max_batch_tokens
-        chunk: list[tuple[int, int]] = []
-        for s, ids in enumerate(sequences):
-            take = min(len(ids) - done[s], budget)
-            if take > 0:
-                chunk.append((s, take))
-                budget -= take
-        token_ids, ctx = pack(
-            [sequences[s][done[s] : done[s] + n] for s, n in chunk],
-            [done[s] for s, _ in chunk],
-            [tables[s] for s, _ in chunk],
-            [adapter] * len(chunk),
-            cache,
-            loaded.device,
-        )
-        hidden = model(token_ids, ctx)
-        for row, (s, n) in enumerate(chunk):
-            logits[s].append(model.compute_logits(hidden[ctx.seq_starts[row] : ctx.seq_starts[row + 1]]))
-            done[s] += n
-    return [torch.cat(parts) for parts in logits]

@@ -164,6 +164,12 @@ class Scheduler:
                 f"as the cache has {self.cache.num_blocks - 1} blocks of {self.cache.block_size} tokens",
                 field="prompt",
             )
+        if len(sequences) > self.max_waiting + self.max_running:
+            raise OutOfRangeError(
+                f"n is {len(sequences)}; accepted: at most {self.max_waiting + self.max_running}, as many completions "
+                f"as may run and wait",
+                field="n",
+            )
         free_places = self.max_waiting + max(0, self.max_running - self.num_running)
         if self.num_waiting + len(sequences) > free_places:
             raise OverloadedError(

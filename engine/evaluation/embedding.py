@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from engine.context import packed_context
+from engine.core.chunked import chunked_hidden
 from engine.core.loaded import LoadedModel
 from engine.errors import FailedPreconditionError, InvalidArgumentError, OutOfRangeError
 from engine.evaluation.embedding_config import POOLINGS, Pooling, read_embedding_config
@@ -84,9 +85,20 @@ def _embed(
         batch, num_tokens = _take(order, done, spec.inputs, budget.tokens)
         done += len(batch)
         begin = time.monotonic()
-        pooled = _forward(loaded, [spec.inputs[i] for i in batch], adapter, pooling)
+        if num_tokens > budget.forward_tokens and isinstance(loaded.model, CausalLM):
+            parts = []
+            ids = spec.inputs[batch[0]]
+            for ((_, part),) in chunked_hidden(loaded.model, [ids], max_tokens=budget.forward_tokens, adapter=adapter):
+                parts.append(part)
+                budget.observe(len(part), time.monotonic() - begin)
+                yield None
+                begin = time.monotonic()
+            bounds = torch.tensor([0, num_tokens], dtype=torch.int32, device=loaded.device)
+            pooled = pool(torch.cat(parts), bounds, pooling)
+        else:
+            pooled = _forward(loaded, [spec.inputs[i] for i in batch], adapter, pooling)
+            budget.observe(num_tokens, time.monotonic() - begin)
         rows = finish(pooled, dimensions=dimensions, normalize=normalize).cpu()
-        budget.observe(num_tokens, time.monotonic() - begin)
         if not bool(torch.isfinite(rows).all()):
             wrong = batch[int((~torch.isfinite(rows).all(dim=1)).nonzero()[0])]
             raise FailedPreconditionError(

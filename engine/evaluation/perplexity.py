@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -42,8 +42,10 @@ class RunningMean:
     squares: float = 0.0
 
     def add(self, values: Tensor) -> None:
-        """Takes in values [N] float64, N at least 1."""
+        """Takes in values [N] float64."""
         num = values.numel()
+        if num == 0:
+            return
         mean = float(values.mean())
         squares = float((values - mean).square().sum())
         total = self.count + num
@@ -63,8 +65,9 @@ class RunningMean:
 def perplexity(spec: PerplexitySpec, loaded: LoadedModel) -> Iterator[JobEvent | None]:
     """Scores a text in strided windows (see engine.evaluation.scoring.plan_windows).
 
-    As many windows run in one packed forward as a slice's time and ``max_batch_tokens`` allow; logits exist for a
-    bounded number of scored positions at a time. Log-softmax is float32, sums are float64.
+    As many windows run in one packed forward as a slice's time and ``max_batch_tokens`` allow, and a window that is
+    longer runs in parts; logits exist for a bounded number of scored positions at a time. Log-softmax is float32,
+    sums are float64.
 
     Returns: a generator that yields after each chunk of logits: PerplexityProgress with the mean so far at the end of
         each forward, else None; and last PerplexityFinished.
@@ -83,7 +86,7 @@ def perplexity(spec: PerplexitySpec, loaded: LoadedModel) -> Iterator[JobEvent |
 
 
 def _perplexity(
-    spec: PerplexitySpec, loaded: LoadedModel, model: CausalLM, windows: list[Window], adapter: Adapter | None
+    spec: PerplexitySpec, loaded: LoadedModel, model: CausalLM, windows: Sequence[Window], adapter: Adapter | None
 ) -> Iterator[JobEvent | None]:
     config = loaded.engine_config
     budget = SliceBudget(config.job_slice_seconds, config.max_batch_tokens)
@@ -93,7 +96,7 @@ def _perplexity(
     while done < len(windows):
         batch = take_windows(windows, done, budget.tokens)
         num_tokens = sum(window.num_tokens for window in batch)
-        chunks = iter_window_logits(model, token_ids, batch, max_tokens=num_tokens, adapter=adapter)
+        chunks = iter_window_logits(model, token_ids, batch, max_tokens=budget.forward_tokens, adapter=adapter)
         spent, begin = 0.0, time.monotonic()
         for chunk in chunks:
             scored.add(_finite_nll(chunk, loaded))

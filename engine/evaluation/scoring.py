@@ -14,12 +14,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import overload
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from engine.context import packed_context
+from engine.core.chunked import chunked_hidden
 from engine.errors import InvalidArgumentError, OutOfRangeError
 from engine.lora.adapter import Adapter, LoRABatch
 from engine.models.base import CausalLM
@@ -45,15 +47,40 @@ class Window:
         return self.end - self.first_scored
 
 
+class WindowPlan(Sequence[Window]):
+    """The windows of plan_windows, each made when it is asked for: a long text at a small stride has millions."""
+
+    def __init__(self, num_tokens: int, window: int, stride: int) -> None:
+        self._num_tokens = num_tokens
+        self._window = window
+        self._step = min(stride, window - 1)
+
+    def __len__(self) -> int:
+        return 1 + -(-max(0, self._num_tokens - self._window) // self._step)
+
+    @overload
+    def __getitem__(self, index: int) -> Window: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Window]: ...
+    def __getitem__(self, index: int | slice) -> Window | list[Window]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        start = (index % len(self)) * self._step
+        end = min(start + self._window, self._num_tokens)
+        return Window(start, end, 1 if start == 0 else start - self._step + self._window)
+
+
 @dataclass(slots=True)
 class LogitsChunk:
-    """Logits for some of the scored positions, in order of the text.
+    """Logits for some of the scored positions, in order of the text; for none, while a long window is under way.
 
     Attributes:
         indices: [N] int64 on the host, of the scored tokens in the text.
         targets: [N] int64, the tokens at those indices.
         logits: [N, V] float32, the model's prediction of each from the tokens before it in its window.
-        ends_forward: the next chunk, if there is one, comes from another forward.
+        ends_forward: the next chunk, if there is one, comes from other windows.
     """
 
     indices: Tensor
@@ -62,7 +89,7 @@ class LogitsChunk:
     ends_forward: bool
 
 
-def plan_windows(num_tokens: int, window: int, stride: int) -> list[Window]:
+def plan_windows(num_tokens: int, window: int, stride: int) -> WindowPlan:
     """Windows that score every token but the first exactly once.
 
     The first window scores its tokens from the second on. Each next one begins ``stride`` tokens later and scores the
@@ -89,12 +116,7 @@ def plan_windows(num_tokens: int, window: int, stride: int) -> list[Window]:
         raise InvalidArgumentError(
             f"stride is {stride}; accepted: an integer in [1, {window}], the window", field="stride"
         )
-    step = min(stride, window - 1)
-    windows = [Window(0, min(window, num_tokens), 1)]
-    while windows[-1].end < num_tokens:
-        last = windows[-1]
-        windows.append(Window(last.start + step, min(last.end + step, num_tokens), last.end))
-    return windows
+    return WindowPlan(num_tokens, window, stride)
 
 
 def validate_text(token_ids: Sequence[int], window: int, max_context: int, vocab_size: int) -> None:
@@ -138,13 +160,24 @@ def iter_window_logits(
     Args:
         token_ids: [num_tokens] int64, the whole text, on the model's device.
         windows: from plan_windows.
-        max_tokens: of one packed forward; a window that is longer runs alone.
+        max_tokens: of one packed forward; a window that is longer runs alone and in parts, with a chunk of no
+            positions after each part but the last.
         chunk_bytes: at most so many bytes of float32 logits in a chunk, but one position at least.
     """
     done = 0
     while done < len(windows):
         batch = take_windows(windows, done, max_tokens)
-        hidden, indices = _scored_hidden(model, token_ids, batch, adapter)
+        if batch[0].num_tokens > max_tokens:
+            window, parts = batch[0], []
+            ids = token_ids[window.start : window.end].tolist()
+            for ((_, part),) in chunked_hidden(model, [ids], max_tokens=max_tokens, adapter=adapter):
+                parts.append(part)
+                if sum(map(len, parts)) < len(ids):
+                    nothing = torch.empty(0, dtype=torch.int64)
+                    yield LogitsChunk(nothing, token_ids[:0], _logits(model, part[:0]), ends_forward=False)
+            hidden, indices = _scored_rows(torch.cat(parts), [window])
+        else:
+            hidden, indices = _scored_hidden(model, token_ids, batch, adapter)
         rows = max(1, chunk_bytes // (4 * model.config.vocab_size))
         for start in range(0, len(indices), rows):
             chunk = indices[start : start + rows]
@@ -167,14 +200,18 @@ def _scored_hidden(
     total = sum(lengths)
     packed = torch.cat([token_ids[window.start : window.end] for window in windows])
     lora = None if adapter is None else LoRABatch([(adapter, 0, total)], total)
-    hidden = model(packed, packed_context(lengths, device=device, lora=lora))
+    return _scored_rows(model(packed, packed_context(lengths, device=device, lora=lora)), windows)
+
+
+def _scored_rows(hidden: Tensor, windows: Sequence[Window]) -> tuple[Tensor, Tensor]:
+    """Of hidden states [T, D] of packed windows, those that predict scored tokens; and those tokens' indices."""
     rows, indices, offset = [], [], 0
     for window in windows:
         scored = torch.arange(window.first_scored, window.end)
         indices.append(scored)
         rows.append(scored - window.start - 1 + offset)  # the token before the scored one predicts it
         offset += window.num_tokens
-    return hidden[torch.cat(rows).to(device)], torch.cat(indices)
+    return hidden[torch.cat(rows).to(hidden.device)], torch.cat(indices)
 
 
 @torch.no_grad()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 SMOOTHING = 0.5
 FIRST_SLICE_TOKENS = 128
+MIN_FORWARD_TOKENS = 256
+"""A long text is not cut finer than this: smaller forwards would waste more than they spare serving."""
 
 
 class SliceBudget:
@@ -23,6 +25,11 @@ class SliceBudget:
         self._max_tokens = max_tokens
         self._seconds_per_token: float | None = None
         self.tokens = min(FIRST_SLICE_TOKENS, max_tokens)
+
+    @property
+    def forward_tokens(self) -> int:
+        """Tokens of one forward over a text that cannot be split otherwise."""
+        return max(self.tokens, min(MIN_FORWARD_TOKENS, self._max_tokens))
 
     def observe(self, num_tokens: int, seconds: float) -> None:
         """Takes in how long a forward of ``num_tokens`` took."""

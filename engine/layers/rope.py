@@ -1,5 +1,9 @@
 """Rotary position embedding (arXiv:2104.09864), stride-half pairing, with the scaling variants of Hugging Face configs.
 
+A model has one set of frequencies: keys that are cached keep those that they were made with, so frequencies that follow
+the length of the text would let the output depend on chunking and on the prefix cache. "longrope" takes the factors of
+the length that the model is configured for, as vLLM does; "dynamic" changes nothing up to that length.
+
 Shapes: T tokens, S sequences, H heads, R rotated dimensions (head_dim * partial_rotary_factor).
 """
 
@@ -21,36 +25,31 @@ class RotaryEmbedding:
     Args:
         max_position_embeddings: of the model, for the variants that depend on it.
     Raises:
-        FormatError: an unknown rope_type, or one whose parameters are missing.
+        FormatError: an unknown rope_type, one whose parameters are missing, or an odd number of rotated dimensions.
     """
 
     def __init__(self, config: RopeConfig, head_dim: int, max_position_embeddings: int) -> None:
         self.rotary_dim = int(head_dim * config.partial_rotary_factor)
+        if self.rotary_dim < 2 or self.rotary_dim % 2:
+            raise FormatError(
+                f"partial_rotary_factor {config.partial_rotary_factor} of head_dim {head_dim} rotates "
+                f"{self.rotary_dim} dimensions; accepted: an even number of at least 2",
+                field="partial_rotary_factor",
+            )
         self._config = config
         self._original_length = int(
             config.parameters.get("original_max_position_embeddings") or max_position_embeddings
         )
         self._max_length = max_position_embeddings
         self._inv_freq, self.attention_factor = self._frequencies()
-        self._long_inv_freq = self._long_frequencies()
 
     def cos_sin(self, ctx: ForwardContext) -> tuple[Tensor, Tensor]:
         """cos and sin, each [T, R] float32, for ctx.positions."""
-        device = ctx.positions.device
-        if self._inv_freq.device != device:
-            self._inv_freq = self._inv_freq.to(device)
-        inv_freq = self._inv_freq[None]
-        if self._depends_on_length and max(ctx.kv_lens) > self._original_length:
-            rows = torch.stack([self._for_length(length).to(device) for length in ctx.kv_lens])
-            lengths = torch.tensor(ctx.seq_lens(), device=device)
-            inv_freq = rows.repeat_interleave(lengths, dim=0)
-        angles = ctx.positions[:, None].float() * inv_freq
+        if self._inv_freq.device != ctx.positions.device:
+            self._inv_freq = self._inv_freq.to(ctx.positions.device)
+        angles = ctx.positions[:, None].float() * self._inv_freq
         angles = torch.cat((angles, angles), dim=-1)
         return angles.cos() * self.attention_factor, angles.sin() * self.attention_factor
-
-    @property
-    def _depends_on_length(self) -> bool:
-        return self._config.rope_type in ("dynamic", "longrope")
 
     def _parameter(self, name: str) -> float:
         value = self._config.parameters.get(name)
@@ -69,9 +68,6 @@ class RotaryEmbedding:
         """Inverse frequencies [R / 2] and the factor on cos and sin."""
         config = self._config
         plain = self._plain(config.theta)
-        factors = config.parameters.get("freq_factors")
-        if factors is not None:  # GGUF carries the scaled frequencies themselves (rope_freqs.weight)
-            return plain / torch.tensor(factors, dtype=torch.float32, device="cpu"), 1.0
         if config.rope_type in ("default", "dynamic"):
             return plain, 1.0
         if config.rope_type == "linear":
@@ -81,7 +77,8 @@ class RotaryEmbedding:
         if config.rope_type == "yarn":
             return self._yarn(plain)
         if config.rope_type == "longrope":
-            return plain / self._factor_list("short_factor"), self._longrope_factor()
+            name = "long_factor" if self._max_length > self._original_length else "short_factor"
+            return plain / self._factor_list(name), self._longrope_factor()
         raise FormatError(
             f"rope_type is {config.rope_type!r}; accepted: default, linear, dynamic, llama3, yarn, longrope",
             field="rope_parameters.rope_type",
@@ -147,21 +144,6 @@ class RotaryEmbedding:
         factor = self._config.parameters.get("factor")
         extension = float(factor) if factor else self._max_length / self._original_length
         return 1.0 if extension <= 1 else math.sqrt(1 + math.log(extension) / math.log(self._original_length))
-
-    def _long_frequencies(self) -> Tensor | None:
-        if self._config.rope_type != "longrope":
-            return None
-        return self._plain(self._config.theta) / self._factor_list("long_factor")
-
-    def _for_length(self, length: int) -> Tensor:
-        """Inverse frequencies of one sequence, so that they never depend on what else is in the batch."""
-        if length <= self._original_length:
-            return self._inv_freq
-        if self._long_inv_freq is not None:
-            return self._long_inv_freq
-        factor, dim = self._parameter("factor"), self.rotary_dim
-        stretch = factor * length / self._original_length - (factor - 1)
-        return self._plain(self._config.theta * stretch ** (dim / (dim - 2)))
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -23,7 +23,23 @@ MAX_CONTEXT = 1 << 30
 MAX_EXPERTS = 4096
 MAX_CONV_WIDTH = 64
 
-ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
+ROPE_PARAMETERS: Mapping[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "yarn": (
+        "factor", "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow", "mscale",
+        "mscale_all_dim", "truncate",
+    ),
+    "longrope": ("factor", "original_max_position_embeddings", "attention_factor", "short_factor", "long_factor"),
+}  # fmt: skip
+"""rope_type to the keys that it reads; others in a file mean nothing to it and are left out."""
+
+ROPE_TYPES = tuple(ROPE_PARAMETERS)
+MIN_THETA = 1.001
+"""Frequencies fall with powers of theta; YaRN divides by its logarithm."""
+
 LAYER_TYPES: tuple[LayerType, ...] = ("full_attention", "sliding_attention")
 
 
@@ -318,15 +334,18 @@ def _rope_config(values: Fields, f: Fields, theta: float, partial: float, max_po
         rope_type = "longrope"
     if rope_type not in ROPE_TYPES:
         values.reject("rope_type", rope_type, ", ".join(ROPE_TYPES))
-    named = ("rope_type", "type", "rope_theta", "partial_rotary_factor", *LAYER_TYPES)
-    parameters = {key: value for key, value in values.values.items() if key not in named and value is not None}
+    known = ROPE_PARAMETERS[rope_type]
+    parameters = {key: values.values[key] for key in known if values.values.get(key) is not None}
     checked = Fields(parameters, f.source)
+    for key in ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"):
+        if key in parameters:
+            checked.number(key, low=1e-6, high=1e6)
     if rope_type in ("linear", "dynamic", "llama3", "yarn"):
         checked.number("factor", low=1e-3, high=1e6)
     if rope_type in ("llama3", "yarn", "longrope"):
         original = f.values.get("original_max_position_embeddings")
         parameters.setdefault("original_max_position_embeddings", max_position if original is None else original)
-        checked.integer("original_max_position_embeddings", high=MAX_CONTEXT)
+        checked.integer("original_max_position_embeddings", low=2, high=MAX_CONTEXT)
     if rope_type == "llama3":
         low = checked.number("low_freq_factor", low=1e-6, high=1e6)
         high = checked.number("high_freq_factor", low=1e-6, high=1e6)
@@ -340,7 +359,7 @@ def _rope_config(values: Fields, f: Fields, theta: float, partial: float, max_po
             for factor in factors:
                 Fields({name: factor}, f.source).number(name, low=1e-6, high=1e6)
     return RopeConfig(
-        theta=values.number("rope_theta", theta, low=1e-3),
+        theta=values.number("rope_theta", theta, low=MIN_THETA),
         rope_type=rope_type,
         partial_rotary_factor=values.number("partial_rotary_factor", partial, low=1e-3, high=1.0),
         parameters=MappingProxyType(parameters),

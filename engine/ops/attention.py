@@ -126,13 +126,19 @@ def _decode(
             mask &= columns >= kv_lens - window
         blocks = tables[:, :num_blocks].flatten()
         bias = torch.zeros(mask.shape, dtype=q.dtype, device=device).masked_fill_(~mask, float("-inf"))
-        ctx.scratch[key] = (rows, blocks, bias[:, None, None, :])
-    rows, blocks, bias = ctx.scratch[key]
+        stale = (columns >= kv_lens).flatten().nonzero()[:, 0]
+        ctx.scratch[key] = (rows, blocks, bias[:, None, None, :], stale)
+    rows, blocks, bias, stale = ctx.scratch[key]
     num_sequences = len(decodes)
     num_kv_heads, head_dim = cache.keys[layer_index].shape[2:]
     queries = (q if rows is None else q[rows]).view(num_sequences, num_kv_heads, -1, head_dim)
-    keys = _blocks(cache.keys[layer_index], blocks).view(num_sequences, -1, num_kv_heads, head_dim).transpose(1, 2)
-    values = _blocks(cache.values[layer_index], blocks).view(num_sequences, -1, num_kv_heads, head_dim).transpose(1, 2)
+
+    def gathered(blocks_of_layer: Tensor) -> Tensor:
+        # What others left behind the sequence's end is masked, yet enters products: were it NaN, so would they be.
+        rows = _blocks(blocks_of_layer, blocks).index_fill_(0, stale, 0.0)
+        return rows.view(num_sequences, -1, num_kv_heads, head_dim).transpose(1, 2)
+
+    keys, values = gathered(cache.keys[layer_index]), gathered(cache.values[layer_index])
     result = F.scaled_dot_product_attention(queries, keys, values, attn_mask=bias, scale=scale)
     result = result.reshape(num_sequences, -1, head_dim)
     if rows is None:

@@ -35,8 +35,10 @@ def quantized_linear(x: Tensor, rows: WeightRows, out_features: int) -> Tensor:
         rows: reads W; called again in the backward, so its tensors must not change in between.
         out_features: O.
 
-    Returns: [..., O] in the type of x; the product is that of W in the type of x.
+    Returns: [..., O] in the type of x, or of autocast where that is on; the product is that of W in that type.
     """
+    if x.dtype == torch.float32 and torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))  # as F.linear does, but for W as well before it is made
     if x.requires_grad and torch.is_grad_enabled():
         return _QuantizedLinear.apply(x, rows, out_features)  # type: ignore[no-any-return, no-untyped-call]
     return _forward(x, rows, out_features)

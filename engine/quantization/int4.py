@@ -26,9 +26,10 @@ class Int4Grouped(LinearScheme):
 
     Checkpoints hold ``weight_packed`` (eight values to an int32 word), ``weight_scale``, ``weight_shape`` and, with
     zero points, ``weight_zero_point`` packed along the outputs. On the CPU the loaded module keeps, in float32, one
-    byte a value (``weight_int8``): widening bytes takes a quarter of the time of widening halves of bytes, so that
-    decoding costs as much as with float32 weights. In bfloat16 it keeps the packed words, and again in the layout of
-    torch's kernel (``weight_kernel``). On other devices it keeps the packed words alone.
+    byte a value (``weight_int8``): widening bytes takes a quarter of the time of widening halves of bytes, and a
+    decoded token then 1.4 times the time that it takes with float32 weights. In bfloat16 it keeps the packed words, and
+    again in the layout of torch's kernel (``weight_kernel``), which takes 0.7 times that of bfloat16 weights (both:
+    SmolLM2-135M, one thread of a Zen 4). On other devices it keeps the packed words alone.
 
     Args:
         group_size: S, one of GROUP_SIZES.

@@ -10,7 +10,8 @@ not quantized keeps its stored type; a GGUF type that torch lacks becomes bfloat
 A head that is tied to the embeddings cannot be shared in quantized form by other engines. So ``quantize_head`` unties
 it: the quantized head is stored beside the embeddings, and ``tie_word_embeddings`` becomes false. With tied weights
 ``quantize_embeddings`` alone would store the table once more for the head, so it needs ``quantize_head``. Quantized
-embeddings load here and in transformers, but not in vLLM, which knows them in plain types alone.
+embeddings load here and in transformers (``CompressedTensorsConfig(dequantize=True)``), but not in vLLM, which knows
+them in plain types alone.
 """
 
 from __future__ import annotations
@@ -21,8 +22,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -35,23 +35,16 @@ from engine.errors import (
     FormatError,
     OverloadedError,
 )
-from engine.evaluation.scoring import (
-    iter_window_logits,
-    plan_windows,
-    take_windows,
-    token_kl,
-    token_nll,
-    validate_text,
-)
-from engine.evaluation.slicing import SliceBudget
+from engine.evaluation.scoring import Window
 from engine.info import ModelInfo
 from engine.jobs import JobEvent, JobWarning, QuantizeFinished, QuantizeProgress, QuantizeSpec, TensorError
 from engine.layers.linear import Embedding, Linear
-from engine.loading import Checkpoint, load_weights, open_checkpoint
+from engine.loading import Checkpoint, open_checkpoint
 from engine.loading.gguf_checkpoint import GGUFCheckpoint
-from engine.models.base import CausalLM, build_model
+from engine.models.base import CausalLM
 from engine.names import validate_name
-from engine.quantization.base import UNQUANTIZED, scheme_map
+from engine.quantization.base import UNQUANTIZED
+from engine.quantization.comparison import Comparison, compare, eval_windows
 from engine.quantization.compressed_tensors import quantization_config
 from engine.quantization.export import copy_companions, write_config, write_generation_config
 from engine.quantization.packing import pack, pack_outputs
@@ -63,19 +56,6 @@ from engine.tokenizer.hf_files import FILES
 
 SLICE_ELEMENTS = 1 << 17
 """Elements quantized in one slice; with the search for ranges about 30 ms on one core."""
-
-EVAL_WINDOW, EVAL_STRIDE = 512, 256
-"""Of perplexity and KL, shortened to the model's context: the defaults of the Perplexity job."""
-
-
-@dataclass(slots=True)
-class _Evaluation:
-    """Sums over scored tokens, in nats."""
-
-    num_tokens: int = 0
-    kl: float = 0.0
-    nll_before: float = 0.0
-    nll_after: float = 0.0
 
 
 def quantize(
@@ -116,12 +96,8 @@ def quantize(
         ),
         checkpoint,
     )
-    if spec.eval_token_ids:
-        loaded.causal_lm()
-        window = min(EVAL_WINDOW, loaded.info.max_model_len)
-        plan_windows(len(spec.eval_token_ids), window, min(EVAL_STRIDE, window))
-        validate_text(spec.eval_token_ids, window, loaded.info.max_model_len, loaded.config.vocab_size)
-    return _run(spec, loaded, checkpoint, plan, tokenizer_path, load)
+    windows = eval_windows(spec, loaded) if spec.eval_token_ids and not spec.dry_run else []
+    return _run(spec, loaded, checkpoint, plan, windows, tokenizer_path, load)
 
 
 def _open_source(loaded: LoadedModel) -> Checkpoint:
@@ -156,13 +132,14 @@ def _run(
     loaded: LoadedModel,
     checkpoint: Checkpoint,
     plan: QuantizationPlan,
+    windows: Sequence[Window],
     tokenizer_path: Path,
     load: Callable[[str, Path], ModelInfo],
 ) -> Iterator[JobEvent | None]:
     begin = time.monotonic()
     errors: list[TensorError] = []
     bytes_out: int | None = None
-    evaluation = _Evaluation()
+    evaluation = Comparison()
     if spec.dry_run:
         yield from _tensors(spec, loaded, checkpoint, plan, errors, None)
     else:
@@ -177,8 +154,8 @@ def _run(
                 yield from _tensors(spec, loaded, checkpoint, plan, errors, writer)
                 bytes_out = writer.finish()
             yield from _write_companions(spec, loaded, checkpoint, plan, staging, tokenizer_path)
-            if spec.eval_token_ids:
-                yield from _evaluate(spec, loaded, staging, evaluation, len(plan.tensors))
+            if windows:
+                yield from compare(spec, loaded, staging, windows, evaluation, len(plan.tensors))
             _publish(staging, output)
         except OSError as error:
             raise _disk_error(output, error) from error
@@ -188,7 +165,6 @@ def _run(
             yield None
             load(spec.output_name, output)
     bytes_in = _source_bytes(checkpoint)
-    count = evaluation.num_tokens
     yield QuantizeFinished(
         job_id=spec.job_id,
         output_name=spec.output_name,
@@ -199,10 +175,10 @@ def _run(
         tensors=errors,
         num_quantized=sum(item.quantized for item in plan.tensors),
         num_kept=sum(not item.quantized for item in plan.tensors),
-        logit_kl=evaluation.kl / count if count else None,
-        perplexity_before=_exp(evaluation.nll_before / count) if count else None,
-        perplexity_after=_exp(evaluation.nll_after / count) if count else None,
-        num_eval_tokens=count,
+        logit_kl=evaluation.logit_kl,
+        perplexity_before=evaluation.perplexity_before,
+        perplexity_after=evaluation.perplexity_after,
+        num_eval_tokens=evaluation.num_tokens,
         seconds=time.monotonic() - begin,
     )
 
@@ -362,63 +338,3 @@ def _source_bytes(checkpoint: Checkpoint) -> int:
     if isinstance(checkpoint, GGUFCheckpoint):
         return checkpoint.path.stat().st_size
     return checkpoint.stored_bytes
-
-
-# -------------------------------------------------------------------------------------------------------- evaluation
-
-
-def _evaluate(
-    spec: QuantizeSpec, loaded: LoadedModel, staging: Path, sums: _Evaluation, num_tensors: int
-) -> Iterator[JobEvent | None]:
-    """Scores the text by the source and by what was written, read back as it will be loaded."""
-    before, after = loaded.causal_lm(), _open(staging, loaded)
-    config = loaded.engine_config
-    window = min(EVAL_WINDOW, loaded.info.max_model_len)
-    windows = plan_windows(len(spec.eval_token_ids), window, min(EVAL_STRIDE, window))
-    token_ids = torch.tensor(spec.eval_token_ids, dtype=torch.int64, device=loaded.device)
-    budget = SliceBudget(config.job_slice_seconds, config.max_batch_tokens)
-    done = 0
-    while done < len(windows):
-        batch = take_windows(windows, done, budget.tokens)
-        num_tokens = sum(w.num_tokens for w in batch)
-        ours = iter_window_logits(before, token_ids, batch, max_tokens=num_tokens)
-        theirs = iter_window_logits(after, token_ids, batch, max_tokens=num_tokens)
-        spent = 0.0
-        while True:
-            start = time.monotonic()
-            chunk = next(ours, None)
-            spent += time.monotonic() - start
-            if chunk is None:
-                break
-            yield None
-            start = time.monotonic()
-            other = next(theirs)
-            sums.num_tokens += chunk.targets.numel()
-            sums.kl += float(token_kl(chunk.logits, other.logits).sum())
-            sums.nll_before += float(token_nll(chunk.logits, chunk.targets).sum())
-            sums.nll_after += float(token_nll(other.logits, other.targets).sum())
-            spent += time.monotonic() - start
-            yield None
-        budget.observe(2 * num_tokens, spent)
-        done += len(batch)
-        yield QuantizeProgress(
-            job_id=spec.job_id, stage="evaluating", tensors_done=num_tensors, tensors_total=num_tensors
-        )
-
-
-def _open(directory: Path, loaded: LoadedModel) -> CausalLM:
-    checkpoint = open_checkpoint(directory)
-    model = build_model(checkpoint.config, scheme_map(checkpoint.config.quantization_config), loaded.dtype)
-    load_weights(model, checkpoint, loaded.dtype, loaded.device)
-    for module in model.modules():
-        if isinstance(module, Linear | Embedding):
-            module.scheme.after_loading(module)
-    assert isinstance(model, CausalLM)
-    return model.eval()
-
-
-def _exp(nll: float) -> float:
-    try:
-        return math.exp(nll)
-    except OverflowError:
-        return math.inf

@@ -20,8 +20,9 @@ from torch import Tensor
 
 from engine.quantization.packing import Bits
 
-SEARCHED_FRACTIONS = tuple(1.0 - 0.025 * step for step in range(17))
-"""Of a group's range, 1.0 to 0.6. Where 0.6 still wins, the group is nearly empty but for an outlier."""
+SEARCHED_FRACTIONS = tuple(1.0 - 0.05 * step for step in range(9))
+"""Of a group's range, 1.0 to 0.6. On SmolLM2-135M in groups of 32 the search takes the mean relative error from 0.099
+to 0.087 and the logit KL from 0.42 to 0.35 nats; half the distance between fractions gives an error of 0.0865."""
 
 
 @dataclass(slots=True)

@@ -12,16 +12,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from engine.core.chunked import chunked_hidden
 from engine.core.loaded import LoadedModel
-from engine.core.runner import serving_logits
 from engine.errors import FailedPreconditionError, InvalidArgumentError
 from engine.lora.adapter import Adapter
 from engine.training.batching import MicroBatch
 from engine.training.loss import LOGITS_CHUNK_BYTES, chunked_cross_entropy
 from engine.training.seeds import derive_seed
-
-CHECK_LOGITS_BYTES = 256 << 20
-"""Of one sequence in the check; of a longer one the beginning is checked."""
 
 ROUNDINGS = 8
 """How many roundings of the largest logit two orders of summation may differ by in a type narrower than float32."""
@@ -109,31 +106,33 @@ def probe(adapter: Adapter, seed: int) -> Adapter:
 def forward_difference(
     forward: TrainingForward, loaded: LoadedModel, batches: Iterable[MicroBatch], adapter: Adapter
 ) -> Generator[None, None, tuple[float, float]]:
-    """Compares the training forward of packed sequences with the serving forward of each alone, through the block
-    cache. Yields between forwards.
+    """Compares the training forward with the serving forward: block cache, chunks of max_batch_tokens. Yields between
+    forwards.
 
     Returns: largest absolute difference of a logit, NaN if any logit is; and the largest absolute logit.
     """
-    vocab_size = loaded.config.vocab_size
-    rows = max(1, CHECK_LOGITS_BYTES // (4 * vocab_size))
-    step = max(1, LOGITS_CHUNK_BYTES // (4 * vocab_size))
+    model, config = loaded.causal_lm(), loaded.engine_config
+    rows = max(1, LOGITS_CHUNK_BYTES // (4 * loaded.config.vocab_size))
     difference = torch.zeros((), dtype=torch.float64)
     largest = torch.zeros((), dtype=torch.float64)
     for batch in batches:
-        hidden = forward.hidden(batch, adapter).detach()
+        with torch.enable_grad():  # as in training
+            trained = forward.hidden(batch, adapter).detach()
         yield
-        start = 0
-        for length in batch.lengths:
-            checked = min(length, rows)
-            served = serving_logits(loaded, [batch.token_ids[start : start + checked].tolist()], adapter)[0]
-            for at in range(0, checked, step):
-                part = served[at : at + step]
-                with torch.no_grad():
-                    ours = forward.logits(hidden[start + at : start + min(at + step, checked)])
-                # maximum and amax pass NaN on.
-                difference = torch.maximum(difference, (ours - part).abs().amax().double().cpu())
-                largest = torch.maximum(largest, part.abs().amax().double().cpu())
-            start += length
+        sequences = [ids.tolist() for ids in torch.split(batch.token_ids, batch.lengths)]
+        starts = [sum(batch.lengths[:index]) for index in range(len(sequences))]
+        for states in chunked_hidden(
+            model, sequences, max_tokens=config.max_batch_tokens, adapter=adapter, block_size=config.block_size
+        ):
+            for index, served in states:
+                for part in torch.split(served, rows):
+                    with torch.no_grad():
+                        ours = forward.logits(trained[starts[index] : starts[index] + len(part)])
+                        theirs = model.compute_logits(part)
+                    starts[index] += len(part)
+                    # maximum and amax pass NaN on.
+                    difference = torch.maximum(difference, (ours - theirs).abs().amax().double().cpu())
+                    largest = torch.maximum(largest, theirs.abs().amax().double().cpu())
             yield
     return float(difference), float(largest)
 

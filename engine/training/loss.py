@@ -69,5 +69,7 @@ def chunked_cross_entropy(
     Returns: scalar, float32 (float64 where hidden is); 0 where N is 0.
     """
     rows = max(1, chunk_bytes // (4 * vocab_size))
+    if not torch.is_grad_enabled():
+        hidden = hidden.detach()  # a Function asks its inputs alone whether to form gradients
     total: Tensor = _ChunkedCrossEntropy.apply(hidden, targets, head, rows)  # type: ignore[no-untyped-call]
     return total

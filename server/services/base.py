@@ -45,13 +45,13 @@ class Services:
             with model.entry.use():
                 yield model
 
-    async def job_events(self, spec: JobSpec) -> AsyncGenerator[JobEvent]:
+    async def job_events(self, spec: JobSpec, model: ReadyModel) -> AsyncGenerator[JobEvent]:
         """The events of a job, the last one a success. Closing it cancels the job.
 
         Raises:
             EngineError: the job was refused or failed.
         """
-        async with aclosing(self.pool.run_job(spec)) as events:
+        async with aclosing(model.entry.guard(self.pool.run_job(spec))) as events:
             async for event in events:
                 if isinstance(event, JobFailed):
                     if self.admission.state == "draining":
@@ -87,7 +87,7 @@ def decode_page_token(token: str) -> str | None:
     if not token:
         return None
     try:
-        return base64.urlsafe_b64decode(token.encode("ascii")).decode()
+        return base64.b64decode(token.encode("ascii"), b"-_", validate=True).decode()
     except (binascii.Error, ValueError):
         raise InvalidArgumentError(
             f"page_token is {token[:40]!r}; accepted: the next_page_token of an earlier reply", field="page_token"

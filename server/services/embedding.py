@@ -35,7 +35,7 @@ class EmbeddingService(embedding_pb2_grpc.EmbeddingServiceServicer):
         with self._services.working_on(request.model) as model:
             spec = await self._spec(request, model)
             finished: EmbedFinished | None = None
-            async with aclosing(self._services.job_events(spec)) as events:
+            async with aclosing(self._services.job_events(spec, model)) as events:
                 async for event in events:
                     if isinstance(event, EmbedFinished):
                         finished = event

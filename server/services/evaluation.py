@@ -34,7 +34,7 @@ class EvaluationService(evaluation_pb2_grpc.EvaluationServiceServicer):
                     f"model {model.name!r} is an encoder and predicts no next token", field="model", reason="WRONG_TASK"
                 )
             spec = await self._spec(request, model)
-            async with aclosing(self._services.job_events(spec)) as events:
+            async with aclosing(self._services.job_events(spec, model)) as events:
                 async for event in events:
                     if isinstance(event, PerplexityProgress):
                         yield convert.to_perplexity_progress(event)

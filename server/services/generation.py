@@ -134,7 +134,8 @@ class _Generation:
         """started, deltas, finished. Closing it stops the engine's work on the request."""
         outcome = "error"
         try:
-            async with aclosing(self._services.pool.generate(self._request)) as batches:
+            outputs = self._model.entry.guard(self._services.pool.generate(self._request))
+            async with aclosing(outputs) as batches:
                 async for batch in batches:
                     for output in batch:
                         for response in self._take(output):

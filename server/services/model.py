@@ -44,11 +44,11 @@ class ModelService(model_pb2_grpc.ModelServiceServicer):
         entries = [entry for entry in self._services.models.entries() if entry.name > after]
         page = entries[:size]
         token = encode_page_token(page[-1].name) if len(entries) > size else ""
-        return model_pb2.ListModelsResponse(models=[_to_model(entry) for entry in page], next_page_token=token)
+        return model_pb2.ListModelsResponse(models=[self._to_model(entry) for entry in page], next_page_token=token)
 
     async def GetModel(self, request: model_pb2.GetModelRequest, context: Context) -> model_pb2.GetModelResponse:
         """One known model; see the proto file."""
-        return model_pb2.GetModelResponse(model=_to_model(self._services.models.get(request.name, "name")))
+        return model_pb2.GetModelResponse(model=self._to_model(self._services.models.get(request.name, "name")))
 
     async def LoadModel(self, request: model_pb2.LoadModelRequest, context: Context) -> model_pb2.LoadModelResponse:
         """Loads a known model; see the proto file."""
@@ -56,7 +56,7 @@ class ModelService(model_pb2_grpc.ModelServiceServicer):
             entry = self._services.models.get(request.name, "name")
             # A load that has begun goes on when its caller leaves: half a model is of no use to anybody.
             await asyncio.shield(asyncio.create_task(self._services.models.load(entry.name)))
-            return model_pb2.LoadModelResponse(model=_to_model(entry))
+            return model_pb2.LoadModelResponse(model=self._to_model(entry))
 
     async def UnloadModel(
         self, request: model_pb2.UnloadModelRequest, context: Context
@@ -68,7 +68,7 @@ class ModelService(model_pb2_grpc.ModelServiceServicer):
                 for run_id in self._runs.live_of(entry.name):
                     await self._runs.cancel(run_id)
             await self._services.models.unload(entry.name, force=request.force)
-            return model_pb2.UnloadModelResponse(model=_to_model(entry))
+            return model_pb2.UnloadModelResponse(model=self._to_model(entry))
 
     # ----------------------------------------------------------------------------------------------------- adapters
 
@@ -228,6 +228,14 @@ class ModelService(model_pb2_grpc.ModelServiceServicer):
 
     # ------------------------------------------------------------------------------------------------------ helpers
 
+    def _to_model(self, entry: ModelEntry) -> model_pb2.Model:
+        """A model as it stands; one that is loaded but has no worker that is well is not ready."""
+        state, error = entry.state, entry.error
+        if state == "ready" and self._services.admission.state == "open" and not self._services.pool.serves(entry.name):
+            state, error = "failed", "no worker serves it at present"
+        template = entry.tokenizer.has_chat_template if entry.tokenizer is not None else None
+        return convert.to_model(entry.name, state, error, entry.info, template)
+
     async def _adapters(self, model: str) -> list[AdapterInfo]:
         """Of one model, or of all for ""."""
         self._services.admission.check_serving()
@@ -276,11 +284,6 @@ def _version(
     | model_pb2.ExportAdapterRequest,
 ) -> int | None:
     return convert.integer(request.version, "version", 0) if request.HasField("version") else None
-
-
-def _to_model(entry: ModelEntry) -> model_pb2.Model:
-    template = entry.tokenizer.has_chat_template if entry.tokenizer is not None else None
-    return convert.to_model(entry.name, entry.state, entry.error, entry.info, template)
 
 
 def _sort_key(info: AdapterInfo) -> tuple[str, str, int]:

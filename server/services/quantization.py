@@ -47,7 +47,7 @@ class QuantizationService(quantization_pb2_grpc.QuantizationServiceServicer):
             if not spec.dry_run:
                 self._claim(spec.output_name)
             try:
-                async with aclosing(services.job_events(spec)) as events:
+                async with aclosing(services.job_events(spec, model)) as events:
                     async for event in events:
                         if isinstance(event, QuantizeProgress):
                             yield convert.to_quantize_progress(event)

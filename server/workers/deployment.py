@@ -13,9 +13,9 @@ from engine.errors import AlreadyExistsError, EngineError, FailedPreconditionErr
 from engine.info import AdapterInfo, ModelInfo
 from engine.names import validate_name
 from server.workers.messages import (
-    Call,
     DeleteAdapter,
     ImportAdapter,
+    ListAdapters,
     LoadAdapter,
     LoadAdapterVersion,
     LoadModel,
@@ -209,8 +209,9 @@ class Deployment:
         """Drops an adapter from the memory of every worker."""
 
         async def change() -> None:
-            await self._everywhere(model, lambda call: UnloadAdapter(call_id=call, model=model, name=name))
-            self._adapters.pop((model, name), None)
+            first = await self._router.acquire(model)
+            await first.call(type(None), lambda call: UnloadAdapter(call_id=call, model=model, name=name))
+            await self._unload_adapter(model, name, but=first)
 
         await self._changing(change)
 
@@ -218,11 +219,17 @@ class Deployment:
         """Deletes a version of an adapter, or all of it, everywhere."""
 
         async def change() -> None:
-            await self._everywhere(
-                model, lambda call: DeleteAdapter(call_id=call, model=model, name=name, version=version)
+            first = await self._router.acquire(model)
+            await first.call(
+                type(None), lambda call: DeleteAdapter(call_id=call, model=model, name=name, version=version)
             )
-            if version is None or self._adapters.get((model, name)) == version:
-                self._adapters.pop((model, name), None)
+            # The workers share one directory: the others have nothing to delete, only to follow.
+            infos = await first.call(list[AdapterInfo], lambda call: ListAdapters(call_id=call, model=model))
+            live = next((info.version for info in infos if info.name == name and info.live and info.loaded), None)
+            if live is None:
+                await self._unload_adapter(model, name, but=first)
+            elif not isinstance(self._adapters.get((model, name)), str):
+                await self.published(model, name, live, by=first)
 
         await self._changing(change)
 
@@ -235,16 +242,12 @@ class Deployment:
             with contextlib.suppress(WorkerLostError):  # its next life loads it
                 await _load_adapter(replica, model, name, source)
 
-    async def _everywhere(self, model: str, make: Callable[[int], Call]) -> None:
-        """Sends a command to every worker that holds the model; the first one's refusal is the caller's answer."""
-        first = await self._router.acquire(model)
-        await first.call(type(None), make)
+    async def _unload_adapter(self, model: str, name: str, but: Replica) -> None:
+        self._adapters.pop((model, name), None)
         for replica in self._router.holding(model):
-            if replica is first:
-                continue
-            # The stores share one directory, which the first may have cleared already.
-            with contextlib.suppress(NotFoundError, WorkerLostError):
-                await replica.call(type(None), make)
+            if replica is not but:
+                with contextlib.suppress(NotFoundError, WorkerLostError):
+                    await replica.call(type(None), lambda call: UnloadAdapter(call_id=call, model=model, name=name))
 
     async def _changing(self, change: Callable[[], Coroutine[Any, Any, T]]) -> T:
         async def locked() -> T:

@@ -4,11 +4,13 @@ where they can."""
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import dataclasses
 import itertools
 import logging
 from collections.abc import AsyncGenerator, Callable
 
-from engine.errors import AlreadyExistsError, EngineError, NotFoundError
+from engine.errors import AlreadyExistsError, CancelledError, EngineError, NotFoundError
 from engine.jobs import (
     TERMINAL_EVENTS,
     JobEvent,
@@ -87,15 +89,12 @@ class Jobs:
         if job is None:
             raise NotFoundError(f"there is no running job {job_id!r}", field="job_id")
         job.cancelled = True
-        if job.starting is not None:
+        if job.starting is not None and not job.starting.done():
             job.starting.cancel()
         elif job.replica is not None:
-            try:
+            # It may have ended just now, or be gone with its worker: either way its terminal event is on the way.
+            with contextlib.suppress(NotFoundError, WorkerLostError):
                 await job.replica.call(type(None), lambda call: CancelJob(call_id=call, job_id=job_id))
-            except NotFoundError:
-                pass  # it has just ended, and its terminal event is on the way
-            except WorkerLostError:
-                pass  # it is gone with its worker, and the mailbox says so
 
     async def finish(self) -> None:
         """Waits for the detached jobs to deliver their last events. For the end of a drain."""
@@ -111,14 +110,33 @@ class Jobs:
         return job
 
     async def _start(self, job: Job) -> None:
-        """Places the job on a worker and waits for its word."""
-        replica = await self._router.acquire(job.spec.model)
-        job.replica = replica
-        replica.jobs[job.spec.job_id] = job
+        """Places the job on a worker, however long that takes.
+
+        Raises:
+            EngineError: the worker's refusal, or CancelledError if the caller cancelled the job meanwhile.
+        """
+        job.starting = asyncio.ensure_future(self._place(job))
         try:
-            await replica.call(type(None), lambda call: StartJob(call_id=call, job=Tagged.of(job.spec)))
+            await job.starting
+        except asyncio.CancelledError:
+            if not job.cancelled:
+                raise
+            raise CancelledError("the job was cancelled") from None
+        finally:
+            job.starting = None
+
+    async def _place(self, job: Job) -> None:
+        spec = job.spec
+        if isinstance(spec, QuantizeSpec):
+            # The result is loaded from here: on every worker, each of which first says that it will be busy.
+            spec = dataclasses.replace(spec, load=False)
+        replica = await self._router.acquire(spec.model)
+        job.replica = replica
+        replica.jobs[spec.job_id] = job
+        try:
+            await replica.call(type(None), lambda call: StartJob(call_id=call, job=Tagged.of(spec)))
         except EngineError:
-            replica.jobs.pop(job.spec.job_id, None)
+            replica.jobs.pop(spec.job_id, None)
             job.replica = None
             raise
 
@@ -151,7 +169,7 @@ class Jobs:
                     yield self._lost(job, item)
                     return
                 logger.warning("training run %s waits for a worker: %s", job.spec.job_id, item.message)
-                failed = await self._restart(job, item)
+                failed = await self._restart(job)
                 if failed is not None:
                     yield failed
                     return
@@ -175,21 +193,14 @@ class Jobs:
             if ended:
                 return
 
-    async def _restart(self, job: Job, lost: WorkerLostError) -> JobFailed | None:
+    async def _restart(self, job: Job) -> JobFailed | None:
         """Starts a lost run again; a returned event says why it cannot be."""
-        job.starting = asyncio.ensure_future(self._start(job))
         try:
-            await job.starting
-        except asyncio.CancelledError:
-            if not job.cancelled:
-                raise
-            return self._lost(job, lost)
+            await self._start(job)
         except WorkerLostError:
             return None  # once more; the mailbox says so as well
         except EngineError as error:
             return _failed(job, error.code, error.message, error.reason, error.field)
-        finally:
-            job.starting = None
         return None
 
     def _lost(self, job: Job, lost: WorkerLostError) -> JobFailed:

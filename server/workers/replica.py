@@ -385,7 +385,9 @@ class Replica:
                     return describe_exit(exited.result())
                 if stopping.done():
                     self.send(Shutdown())
-                    done, _ = await asyncio.wait({exited}, timeout=self._config.stop_timeout_seconds)
+                    # One that is loading would hear of it only afterwards, and has nothing to save.
+                    patience = 0.0 if self.busy else self._config.stop_timeout_seconds
+                    done, _ = await asyncio.wait({exited}, timeout=patience)
                     return "stopped" if done else "did not stop, and was killed"
                 now = time.monotonic()
                 assert self.last_heartbeat is not None

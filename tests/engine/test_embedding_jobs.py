@@ -103,10 +103,14 @@ def test_defaults_normalisation_and_dimensions(encoder: tuple[Any, Path]) -> Non
     assert torch.allclose(own, normalized(plain), atol=1e-5)
 
 
-def test_causal_model_takes_the_last_token(tiny_llama: Path) -> None:
+@pytest.mark.parametrize("max_batch_tokens", [5, 2048])
+def test_causal_model_takes_the_last_token(tiny_llama: Path, max_batch_tokens: int) -> None:
     """A causal model embeds by its last token's final hidden state, by default, and by the mean on request."""
     reference = LlamaModel.from_pretrained(tiny_llama).eval()
-    engine, texts = make_engine(tiny_llama), inputs([7, 30, 1], reference.config.vocab_size)
+    engine, texts = (
+        make_engine(tiny_llama, max_batch_tokens=max_batch_tokens),
+        inputs([7, 30, 1], reference.config.vocab_size),
+    )
     for pooling, name in ((None, "last"), ("mean", "mean")):
         rows = vectors(engine, inputs=texts, pooling=pooling, normalize=False)
         assert (rows - expected(reference, texts, name)).abs().max() < 1e-4

@@ -19,7 +19,14 @@ from engine.errors import (
     NotFoundError,
     UnavailableError,
 )
-from engine.jobs import JobFailed, PerplexityFinished, PerplexityProgress, PerplexitySpec
+from engine.jobs import (
+    JobFailed,
+    PerplexityFinished,
+    PerplexityProgress,
+    PerplexitySpec,
+    QuantizeFinished,
+    QuantizeSpec,
+)
 from engine.request import SamplingParams
 from server.workers.pool import WorkerPool
 from tests.faults.workers import MODEL, generate, request, running_pool, until
@@ -132,6 +139,21 @@ async def test_models_come_and_go_on_every_worker(tiny_llama: Path, tmp_path: Pa
         with pytest.raises(NotFoundError):
             await generate(pool, request(model="second"))
         assert len(await generate(pool, request())) == 8
+
+
+async def test_a_quantized_model_is_served_by_every_worker(tiny_llama: Path, tmp_path: Path) -> None:
+    """Quantize runs on one worker; when it reports its end, all of them hold the result."""
+    async with running_pool({MODEL: tiny_llama}, tmp_path, workers=2) as pool:
+        spec = QuantizeSpec(
+            job_id="q", model=MODEL, scheme="q8", output_dir=str(tmp_path / "models" / "small"), output_name="small"
+        )
+        async with aclosing(pool.run_job(spec)) as events:
+            last = [event async for event in events][-1]
+        assert isinstance(last, QuantizeFinished), last
+        assert all(snapshot.models == ["small", MODEL] for snapshot in pool.snapshot())
+        assert pool.models()["small"].quantization == "q8"
+        first, second = await asyncio.gather(*(generate(pool, request(20, model="small")) for _ in range(2)))
+        assert first == second
 
 
 async def test_load_goes_to_the_least_loaded_worker(tiny_llama: Path, tmp_path: Path) -> None:

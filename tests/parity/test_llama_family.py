@@ -94,21 +94,26 @@ def test_llama_rope(tmp_path: Path, rope: dict[str, Any]) -> None:
     check(LlamaConfig(**SIZES, rope_parameters={"rope_theta": 10000.0, **rope}), LlamaForCausalLM, tmp_path)
 
 
-def test_llama_dynamic_rope(tmp_path: Path) -> None:
-    """Beyond the trained context each sequence is stretched by its own length, whatever it is packed with."""
-    rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
-    config = LlamaConfig(**{**SIZES, "max_position_embeddings": 32}, rope_parameters=rope)
+@pytest.mark.parametrize("rope_type", ["dynamic", "longrope"])
+def test_rope_of_the_configured_length(tmp_path: Path, rope_type: str) -> None:
+    """Variants that follow the length of the text are fixed at the configured length, whatever the text's own: a
+    sequence of that length agrees with the reference."""
+    long_factor, short_factor = [1.5, 2.0, 3.0, 4.0], [1.0, 1.1, 1.2, 1.3]
+    rope: dict[str, Any] = {"rope_type": rope_type, "rope_theta": 10000.0, "factor": 3.0}
+    if rope_type == "longrope":
+        rope |= {"long_factor": long_factor, "short_factor": short_factor, "original_max_position_embeddings": 32}
+    config = LlamaConfig(**{**SIZES, "max_position_embeddings": 96, "head_dim": 8}, rope_parameters=rope)
     reference = randomize(LlamaForCausalLM(config), 1)
     model = through_our_loader(reference, tmp_path)
-    sequences = token_ids([20, 90, 32, 33], 97)
-    for sequence, hidden in zip(sequences, packed_hidden(model, sequences), strict=True):
-        # The reference keeps the frequencies of the longest sequence that it has seen, so each one gets a new model.
-        fresh = LlamaForCausalLM(config)
-        fresh.load_state_dict(reference.state_dict())
-        with torch.no_grad():
-            expected = fresh.eval()(input_ids=sequence[None], use_cache=False).logits[0]
-            assert isinstance(model, CausalLM)
-            assert (model.compute_logits(hidden) - expected).abs().max() < TOLERANCE
+    sequence = token_ids([96], 97)[0]
+    with torch.no_grad():
+        expected = reference.eval()(input_ids=sequence[None], use_cache=False).logits[0]
+        assert isinstance(model, CausalLM)
+        logits = model.compute_logits(packed_hidden(model, [sequence])[0])
+        assert (logits - expected).abs().max() < TOLERANCE
+        # The first tokens come out the same when no more of the text is there.
+        part = model.compute_logits(packed_hidden(model, [sequence[:20]])[0])
+        assert (part - logits[:20]).abs().max() < TOLERANCE
 
 
 @pytest.mark.parametrize(

@@ -64,7 +64,7 @@ def test_greedy_tokens_and_logits(smollm2_gguf: Path, reference: tuple[Any, Any]
 
 def test_logits_of_the_serving_path(smollm2_gguf: Path, reference: tuple[Any, Any]) -> None:
     """Every logit at every position, through the block cache in chunks, is within 1e-3 of transformers'."""
-    from engine.core.runner import serving_logits
+    from engine.core.chunked import serving_logits
 
     model, tokenizer = reference
     engine = Engine(EngineConfig(device="cpu", dtype="float32", kv_cache_bytes=64 << 20, max_batch_tokens=48))

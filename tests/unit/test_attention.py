@@ -45,8 +45,9 @@ def test_cached_steps_equal_whole(window: int | None, softcap: float | None, ste
     whole = [_qkv(total, 10 + s) for s, total in enumerate(totals)]
     blocks_each = 4
     cache = PagedCache(
-        keys=[torch.full((1 + blocks_each * num_sequences, BLOCK, KV_HEADS, DIM), float("nan")).nan_to_num(7.0)],
-        values=[torch.zeros(1 + blocks_each * num_sequences, BLOCK, KV_HEADS, DIM)],
+        # What a failed request may have left: none of it may be read.
+        keys=[torch.full((1 + blocks_each * num_sequences, BLOCK, KV_HEADS, DIM), float("nan"))],
+        values=[torch.full((1 + blocks_each * num_sequences, BLOCK, KV_HEADS, DIM), float("nan"))],
         block_size=BLOCK,
     )
     # Blocks of the sequences interleave, so that an error of addressing shows.

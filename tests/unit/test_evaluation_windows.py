@@ -43,7 +43,7 @@ def test_windows_are_those_of_the_documented_loop(sizes: tuple[int, int, int]) -
         previous_end = end
         if end == num_tokens:
             break
-    planned = plan_windows(num_tokens, window, stride)
+    planned = list(plan_windows(num_tokens, window, stride))
     if stride < window:
         assert planned == expected
     else:
@@ -52,16 +52,16 @@ def test_windows_are_those_of_the_documented_loop(sizes: tuple[int, int, int]) -
 
 def test_examples() -> None:
     """A short text, an exact fit, a partial last window, and stride = window."""
-    assert plan_windows(2, 512, 256) == [Window(0, 2, 1)]
-    assert plan_windows(8, 8, 4) == [Window(0, 8, 1)]
-    assert plan_windows(13, 8, 4) == [Window(0, 8, 1), Window(4, 12, 8), Window(8, 13, 12)]
-    assert plan_windows(10, 4, 4) == [Window(0, 4, 1), Window(3, 7, 4), Window(6, 10, 7)]
+    assert list(plan_windows(2, 512, 256)) == [Window(0, 2, 1)]
+    assert list(plan_windows(8, 8, 4)) == [Window(0, 8, 1)]
+    assert list(plan_windows(13, 8, 4)) == [Window(0, 8, 1), Window(4, 12, 8), Window(8, 13, 12)]
+    assert list(plan_windows(10, 4, 4)) == [Window(0, 4, 1), Window(3, 7, 4), Window(6, 10, 7)]
 
 
 @given(SIZES, st.integers(1, 300))
 def test_packs_hold_all_windows_in_order(sizes: tuple[int, int, int], max_tokens: int) -> None:
     """Packs follow each other without a gap; only a window that exceeds the limit alone may exceed it."""
-    windows = plan_windows(*sizes)
+    windows = list(plan_windows(*sizes))
     packed: list[Window] = []
     while len(packed) < len(windows):
         pack = take_windows(windows, len(packed), max_tokens)

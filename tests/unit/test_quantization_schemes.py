@@ -187,3 +187,21 @@ def test_a_stored_shape_of_another_module_is_rejected() -> None:
 def test_groups_must_divide_the_inputs() -> None:
     with pytest.raises(FormatError, match=r"layer\.proj has 48 inputs"):
         Linear(48, 8, name="layer.proj", scheme=Int4Grouped(32))
+
+
+@pytest.mark.parametrize("chunk", [1 << 20, 5 * IN], ids=["whole", "chunked"])
+@pytest.mark.parametrize("scheme", SCHEMES, ids=IDS)
+def test_autocast_computes_and_answers_in_its_own_type(
+    scheme: LinearScheme, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As over a plain weight, whatever the size of the weight."""
+    monkeypatch.setattr(ops, "CPU_CHUNK_ELEMENTS", chunk)
+    module, weight = make(scheme)
+    x = torch.randn(40, IN, requires_grad=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y, expected = scheme.apply(module, x), F.linear(x, weight)
+    assert y.dtype == expected.dtype == torch.bfloat16
+    torch.testing.assert_close(y, expected, rtol=2e-2, atol=2e-1)
+    (gradient,) = torch.autograd.grad(y.float().sum(), x)
+    assert gradient.dtype == torch.float32
+    torch.testing.assert_close(gradient, weight.sum(dim=0).expand_as(x), rtol=2e-2, atol=2e-1)

@@ -134,6 +134,13 @@ def test_the_engine_gets_its_part() -> None:
     assert engine.state_dir == "/s"
 
 
+def test_a_tilde_in_a_file_means_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/someone")
+    file = tmp_path / "whet.yaml"
+    file.write_text("state_dir: ~/state\n")
+    assert load_config(file=file).state_dir == Path("/home/someone/state")
+
+
 def test_state_dir_follows_xdg(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_STATE_HOME", "/var/x")
     assert default_state_dir() == Path("/var/x/whet")

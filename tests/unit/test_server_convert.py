@@ -74,7 +74,8 @@ def test_no_training_field_means_the_engines_defaults() -> None:
         ("beta1", 1.0), ("beta1", -0.1), ("beta2", 1.0), ("eps", 0.0), ("momentum", 1.0), ("weight_decay", -1.0),
         ("warmup_steps", -1), ("max_grad_norm", -1.0), ("max_grad_norm", math.nan), ("batch_size", 0),
         ("batch_size", 1 << 30), ("gradient_accumulation_steps", 0), ("gradient_accumulation_steps", 5),
-        ("max_steps", 0), ("max_steps", -1), ("epochs", 0.0), ("epochs", math.nan), ("max_seq_len", 1), ("max_seq_len", 1 << 30),
+        ("max_steps", 0), ("max_steps", -1), ("epochs", 0.0), ("epochs", math.nan),
+        ("max_seq_len", 1), ("max_seq_len", 1 << 30),
         ("seed", -1), ("eval_every", -1), ("early_stopping_patience", -1), ("checkpoint_every", -1),
         ("publish_every", -1), ("forward_tolerance", 0.0), ("optimizer", 99), ("schedule", 99), ("compute_dtype", 99),
         ("loss_on", 99), ("publish", 99),
@@ -180,8 +181,9 @@ def test_durations_round_to_nanoseconds(seconds: float) -> None:
 def run_record(**changes: object) -> RunRecord:
     values = {
         "number": 1, "run_id": "r", "request_id": None, "kind": "train", "model": "m", "adapter": "a",
-        "state": "failed", "config": "{}", "dataset": "{}", "spec": "{}", "created": 1.5, "started": None, "ended": None, "step": 4,
-        "total_steps": None, "loss": None, "base_nll": 2.0, "final_nll": None, "best_nll": None, "best_step": None,
+        "state": "failed", "config": "{}", "dataset": "{}", "spec": "{}", "created": 1.5, "started": None,
+        "ended": None, "step": 4, "total_steps": None, "loss": None,
+        "base_nll": 2.0, "final_nll": None, "best_nll": None, "best_step": None,
         "version": None, "error_code": "not_found", "error_reason": "WHY", "error_message": "m",
     }  # fmt: skip
     return RunRecord(**(values | changes))  # type: ignore[arg-type]

@@ -1,0 +1,5 @@
+"""``python -m whet.cli``."""
+
+from whet.cli import main
+
+main()

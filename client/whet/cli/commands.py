@@ -1,0 +1,25 @@
+"""The command group."""
+
+from __future__ import annotations
+
+import click
+
+import whet
+from whet.cli.app import run, settings_options
+from whet.cli.generate import chat, generate, tokenize
+from whet.cli.manage import adapters, models
+from whet.cli.measure import embed, perplexity, quantize
+from whet.cli.train import runs, train
+
+
+@click.group()
+@settings_options
+@click.version_option(whet.__version__, prog_name="whet")
+def cli() -> None:
+    """Use a Whet server."""
+
+
+for command in (chat, generate, train, quantize, perplexity, embed, models, adapters, runs, tokenize):
+    cli.add_command(command)
+
+__all__ = ["cli", "run"]
