@@ -150,9 +150,11 @@ class EngineConfig:
         max_running_requests: completions that decode together.
         max_waiting_requests: completions that may queue; beyond it add_request raises OverloadedError.
         max_model_len: longest context to serve; None: the model's own.
-        kv_cache_bytes: of attention cache per model; None: planned from free memory.
+        kv_cache_bytes: of attention cache per model, recurrent states included; None: planned from free memory.
         block_size: tokens of one attention cache block.
         enable_prefix_caching: share blocks among equal prefixes.
+        state_checkpoint_interval: blocks between the checkpoints of recurrent state that prefixes are shared from,
+            besides the one at the end of each prompt; 0: only those.
         job_slice_seconds: target duration of a slice of a job while requests are running.
         job_share: fraction of the loop's time that jobs may take while requests are running, (0, 1].
         state_dir: adapters, checkpoints and quantized models live below it.
@@ -168,6 +170,7 @@ class EngineConfig:
     kv_cache_bytes: int | None = None
     block_size: int = 16
     enable_prefix_caching: bool = True
+    state_checkpoint_interval: int = 64
     job_slice_seconds: float = 0.05
     job_share: float = 0.5
     state_dir: str = ""
