@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.core.loaded import LoadedModel
 from engine.core.chunked import serving_logits
+from engine.core.loaded import LoadedModel
 from engine.jobs import LoRAParams, TokenizedExample, TrainFinished, TrainStep
 from engine.lora.peft import load_adapter
 from engine.training.batching import BatchOrder, MicroBatch
@@ -44,9 +44,9 @@ def loaded(directory: Path, tmp_path: Path) -> LoadedModel:
 
 
 def reference(directory: Path) -> Any:
-    from transformers import LlamaForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    return LlamaForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
 
 
 def randomised(loaded: LoadedModel, lora: LoRAParams) -> Any:

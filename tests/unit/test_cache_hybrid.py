@@ -58,6 +58,7 @@ class HybridMachine(SchedulerMachine):
 
     num_slots = 7
     interval = 2
+    budget = 2 * MAX_RUNNING  # so that as many run as may hold slots
 
     def make(self) -> tuple[Manager, Model]:
         manager = HybridManager(
@@ -168,7 +169,10 @@ def test_a_prefix_is_found_as_far_as_both_kinds_hold_it() -> None:
     assert manager.match_prefix(other) == 8
     runner.step(other, 19)
     manager.free(other)
+    hashes = list(first.block_hashes)
+    assert sum(manager.slots.find(h) is not None for h in hashes) == 3
     manager.discard(first)
+    assert all(manager.slots.find(h) is None for h in hashes), "found once the blocks are computed again"
     assert manager.match_prefix(Holder(list(range(27)))) == 0
 
 
