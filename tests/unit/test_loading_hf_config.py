@@ -189,7 +189,8 @@ VALUES = st.recursive(
 )
 
 
-FUZZED_TYPES = "llama mistral qwen2 qwen3 qwen3_5_text qwen3_5_moe_text gemma3_text bert distilbert mpnet".split()
+FUZZED_TYPES = ["llama", "mistral", "qwen2", "qwen3", "gemma3_text", "qwen3_5_text", "qwen3_5_moe_text"]
+FUZZED_TYPES += ["bert", "distilbert", "mpnet"]
 
 
 @settings(max_examples=300, deadline=None)
