@@ -13,6 +13,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -75,6 +76,7 @@ class Engine:
                 return self._models[name].info
             raise AlreadyExistsError(f"model {name!r} is loaded, from {self._models[name].info.path}", field="model")
         loaded = load_model(name, Path(path), self.config, self.device, self.dtype)
+        loaded.is_serving = self.has_requests
         self._models[name] = loaded
         return loaded.info
 
@@ -117,12 +119,25 @@ class Engine:
         loaded.runner.add(request)
         self._owners[request.request_id] = loaded.runner
 
-    def abort(self, request_id: str) -> None:
-        """Ends a request and frees its blocks; no further output comes. Unknown ids are ignored: it may just have
-        ended."""
-        runner = self._owners.pop(request_id, None)
-        if runner is not None:
-            runner.abort(request_id)
+    def abort(
+        self, request_id: str, index: int | None = None, reason: Literal["cancelled", "stop"] = "cancelled"
+    ) -> list[RequestOutput]:
+        """Ends a request, or one completion of it, and frees its blocks; no output of it comes from later steps.
+
+        Unknown ids, and completions that have ended, are ignored: they may just have.
+
+        Args:
+            index: of the one completion to end; None: all that have not ended.
+            reason: "cancelled": nobody wants it any more. "stop": its text is complete, as far as the caller can tell.
+
+        Returns: with "stop", the last output of each completion that this ended; it has no further tokens.
+        """
+        runner = self._owners.get(request_id)
+        if runner is None:
+            return []
+        outputs = runner.abort(request_id, index, reason)
+        self._forget_finished(runner)
+        return outputs
 
     def has_requests(self) -> bool:
         """Whether step has work."""
@@ -135,8 +150,7 @@ class Engine:
         for loaded in self._models.values():
             if loaded.runner is not None and loaded.runner.has_requests():
                 outputs.extend(loaded.runner.step())
-                for request_id in loaded.runner.drain_finished():
-                    self._owners.pop(request_id, None)
+                self._forget_finished(loaded.runner)
         self._jobs.served(time.monotonic() - begin)
         return outputs
 
@@ -225,6 +239,10 @@ class Engine:
             job_share=share,
             job_slice_seconds=slices,
         )
+
+    def _forget_finished(self, runner: Runner) -> None:
+        for request_id in runner.drain_finished():
+            self._owners.pop(request_id, None)
 
     def _forget(self, model: str, adapter: str) -> None:
         """The adapter's name and version may now stand for other weights than the prefix cache was computed with."""

@@ -18,8 +18,6 @@ FinishReason = Literal["stop", "length", "cancelled", "error"]
 MAX_TOP_LOGPROBS = 64
 MAX_LOGIT_BIAS = 1024
 MAX_N = 64
-MAX_STOP_STRINGS = 16
-MAX_STOP_STRING_CHARS = 256
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

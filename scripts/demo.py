@@ -136,7 +136,13 @@ def quantize(whet: Client) -> None:
     _title("Quantization to four bits (of a file that is about that small already)")
     output = f"{MODEL}-q4"
     job = whet.quantize(
-        model=MODEL, scheme="q4", symmetric=False, quantize_embeddings=True, quantize_head=True, output=output, eval_text=PLAIN_TEXT
+        model=MODEL,
+        scheme="q4",
+        symmetric=False,
+        quantize_embeddings=True,
+        quantize_head=True,
+        output=output,
+        eval_text=PLAIN_TEXT,
     )
     with Progress(console=console, transient=True) as bar:
         task = bar.add_task("")

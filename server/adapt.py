@@ -23,6 +23,7 @@ from server import convert_training as convert_runs
 from server.datasets import RunDataset
 from server.errors import error_from_code, over_limit
 from server.models import ReadyModel
+from server.prompts import in_thread_if
 from server.rpc import current_call, new_request_id
 from server.run_manager import RunManager
 from server.runs import RunRecord
@@ -91,7 +92,8 @@ class Adaptation:
         run_id = new_request_id()
         run_dir = self._runs_dir / run_id
         try:
-            summary = await asyncio.to_thread(self._write, request, model, params, loss_on, run_dir / "dataset")
+            path = run_dir / "dataset"
+            summary = await in_thread_if(True, lambda: self._write(request, model, params, loss_on, path))
         except BaseException:
             await asyncio.to_thread(shutil.rmtree, run_dir, ignore_errors=True)
             raise

@@ -21,9 +21,9 @@ from grpc_health.v1 import health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from engine.errors import EngineError, InvalidArgumentError
-from engine.info import AdapterInfo
 from engine.loading.defaults import embedded_models
 from engine.loading.resolve import resolve_model_path
+from server.adapter_view import AdapterView
 from server.admission import Admission
 from server.config import ServerConfig, read_file
 from server.health import Health
@@ -146,6 +146,7 @@ class App:
             adapters={name: (source.model, source.path) for name, source in config.adapter.items()},
             supervision=SupervisionConfig(
                 heartbeat_timeout_seconds=config.heartbeat_timeout_seconds,
+                step_timeout_seconds=config.step_timeout_seconds,
                 stale_seconds=config.heartbeat_stale_seconds,
                 max_restarts=config.max_worker_restarts,
             ),
@@ -159,8 +160,10 @@ class App:
         self.models.on_change = self.health.update
         self.http = HttpServer(self.health, self._scrape)
         self._workers: list[WorkerSnapshot] = []
-        self._adapters: list[AdapterInfo] = []
-        self.metrics.attach(lambda: Snapshot(self._workers, list(self.pool.models().values()), self._adapters))
+        self._adapters = AdapterView(self.pool)
+        self.metrics.attach(
+            lambda: Snapshot(self._workers, list(self.pool.models().values()), self._adapters.adapters())
+        )
         self.server = self._grpc_server()
 
     def _grpc_server(self) -> grpc.aio.Server:
@@ -305,10 +308,7 @@ class App:
 
     async def _scrape(self) -> bytes:
         self._take_snapshot()
-        self._adapters = []
-        if self.health.ready:
-            with contextlib.suppress(EngineError, TimeoutError):  # what is not known now is left out
-                self._adapters = await asyncio.wait_for(self.pool.adapters(None), 1.0)
+        await self._adapters.refresh()
         return self.metrics.render()
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -28,31 +27,34 @@ class Completion:
     A stop string counts from the token after ``min_tokens`` on, as end-of-sequence tokens do.
 
     Attributes:
+        num_tokens: taken so far; what the engine made after a stop string does not count.
         finish_reason: None while it goes on.
         stop_string, stop_token_id: what ended it, if one did.
-        timings: None until it has ended; of a completion that a stop string ended, what the front end saw.
+        timings: None until the engine has ended it, too.
+        num_timed_tokens: how many tokens the timings speak of: the engine may have gone on for some.
     """
 
     index: int
     tokenizer: Tokenizer
     stop: Sequence[str]
     min_tokens: int
-    began: float = field(default_factory=time.monotonic)
     num_tokens: int = 0
     finish_reason: FinishReason | None = None
     stop_string: str | None = None
     stop_token_id: int | None = None
     timings: Timings | None = None
+    num_timed_tokens: int = 0
     _detokenizer: IncrementalDetokenizer = field(init=False)
     _matcher: StopStringMatcher = field(init=False)
-    _first_token: float | None = None
 
     def __post_init__(self) -> None:
         self._detokenizer = IncrementalDetokenizer(self.tokenizer)
         self._matcher = StopStringMatcher(self.stop)
 
     def push(self, output: RequestOutput) -> Delta:
-        """Takes the engine's output; after the end it adds nothing."""
+        """Takes the engine's output; after the end it adds nothing but the timings."""
+        if output.finish_reason is not None:
+            self.timings, self.num_timed_tokens = output.timings, output.num_completion_tokens
         if self.finish_reason is not None:
             return Delta(self.index, "", [], None, None)
         pieces: list[str] = []
@@ -65,17 +67,12 @@ class Completion:
             pieces.append(self._add(self._detokenizer.append((token_id,))))
             if self.finish_reason is not None:
                 break
-        if taken and self._first_token is None:
-            self._first_token = time.monotonic()
         if self.finish_reason is None and output.finish_reason is not None:
             pieces.append(self._add(self._detokenizer.finish()))
             if self.finish_reason is None:
                 pieces.append(self._matcher.flush())
                 self.stop_token_id = output.stop_token_id
                 self.finish_reason = output.finish_reason
-            self.timings = output.timings
-        elif self.finish_reason is not None:
-            self.timings = self._own_timings()
         logprobs = output.logprobs[:taken] if output.logprobs is not None else None
         return Delta(self.index, "".join(pieces), output.token_ids[:taken], logprobs, self.finish_reason)
 
@@ -86,14 +83,3 @@ class Completion:
         if stopped:
             self.finish_reason, self.stop_string = "stop", which
         return shown
-
-    def _own_timings(self) -> Timings:
-        """The engine never hears of the end by a stop string, so its clock has no say; queue and prefill are parts of
-        the time to the first token that cannot be told apart here."""
-        now = time.monotonic()
-        first = self._first_token if self._first_token is not None else now
-        return Timings(
-            decode_seconds=now - first,
-            time_to_first_token_seconds=first - self.began,
-            total_seconds=now - self.began,
-        )

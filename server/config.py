@@ -139,10 +139,20 @@ class ServerConfig(BaseSettings):
         default=0.5, gt=0, le=1, description="Fraction of the engine's time that jobs may take while requests run."
     )
     heartbeat_stale_seconds: float = Field(
-        default=20.0, gt=0, le=3600, description="A worker that is silent for so long is not healthy."
+        default=20.0,
+        gt=0,
+        le=3600,
+        description="A worker that is silent, or in one step, for so long is not healthy; loading a model is no step.",
     )
     heartbeat_timeout_seconds: float = Field(
         default=60.0, gt=0, le=3600, description="A worker that is silent for so long is killed and started again."
+    )
+    step_timeout_seconds: float = Field(
+        default=600.0,
+        gt=0,
+        le=86_400,
+        description="A worker that is alive, yet in one step or slice of a job for so long, is killed and started "
+        "again. Longer than the longest forward of max_batch_tokens.",
     )
     max_worker_restarts: int = Field(
         default=10, ge=0, description="Restarts in a row after which a worker that keeps dying stays down."

@@ -23,7 +23,7 @@ from engine.jobs import (
     QuantizeProgress,
 )
 from engine.names import validate_name
-from engine.request import FinishReason, SamplingParams, Timings, TokenLogprob
+from engine.request import MAX_LOGIT_BIAS, FinishReason, SamplingParams, Timings, TokenLogprob
 from whet.v1 import common_pb2, embedding_pb2, evaluation_pb2, generation_pb2, model_pb2, quantization_pb2
 
 MAX_INT32 = 2**31 - 1
@@ -127,6 +127,12 @@ def from_sampling(message: generation_pb2.SamplingParams, vocab_size: int) -> Sa
         )
         if message.HasField(name)
     }
+    if len(message.logit_bias) > MAX_LOGIT_BIAS:  # counted before they are copied
+        raise InvalidArgumentError(
+            f"sampling.logit_bias is {len(message.logit_bias)} entries; accepted: at most {MAX_LOGIT_BIAS} entries",
+            field="sampling.logit_bias",
+            reason="LIMIT_EXCEEDED",
+        )
     params = SamplingParams(
         **given,
         stop_token_ids=list(message.stop_token_ids),
@@ -153,14 +159,22 @@ def to_token_logprobs(
     """One message per token; a token without a log-probability (the first of a prompt) has its id alone."""
     messages = []
     for token_id, entry in zip(token_ids, logprobs, strict=True):
-        if entry is None:
-            messages.append(generation_pb2.TokenLogprob(token_id=token_id))
-            continue
-        top = [generation_pb2.TopLogprob(token_id=other, logprob=logprob) for other, logprob in entry.top]
-        messages.append(
-            generation_pb2.TokenLogprob(token_id=entry.token_id, logprob=entry.logprob, rank=entry.rank, top=top)
-        )
+        message = generation_pb2.TokenLogprob(token_id=token_id)
+        if entry is not None:
+            message.logprob, message.rank = entry.logprob, entry.rank
+            for other, logprob in entry.top:
+                message.top.add(token_id=other, logprob=logprob)
+        messages.append(message)
     return messages
+
+
+def to_prompt_logprobs(
+    logprobs: Sequence[TokenLogprob | None], token_ids: Sequence[int]
+) -> generation_pb2.GenerateResponse:
+    """A ``started`` of the log-probabilities alone. They may be half a million numbers, which take a second: call it in
+    a thread, and merge the rest into it afterwards."""
+    started = generation_pb2.GenerationStarted(prompt_logprobs=to_token_logprobs(logprobs, token_ids))
+    return generation_pb2.GenerateResponse(started=started)
 
 
 def to_timings(timings: Timings, num_completion_tokens: int) -> generation_pb2.GenerationTimings:

@@ -17,7 +17,7 @@ from typing import Any
 import grpc
 from google.protobuf.message import DecodeError
 
-from engine.errors import EngineError, InternalError, InvalidArgumentError
+from engine.errors import EngineError, InternalError, InvalidArgumentError, OutOfRangeError
 from server.errors import DeadlineExceededError, UnauthenticatedError, to_grpc_status
 from server.metrics import Metrics
 from server.rpc import REQUEST_ID_KEY, Call, Context, enter_call, new_request_id, validate_request_id
@@ -154,6 +154,8 @@ def recorded(metrics: Metrics) -> Layer:
             yield
         except grpc.aio.AbortError:
             code = _code_name(context)
+            if call.notes.get("reason") == OutOfRangeError.default_reason:
+                metrics.admission_rejections_total.labels("size").inc()
             raise
         except (asyncio.CancelledError, GeneratorExit):
             code = "CANCELLED"

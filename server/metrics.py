@@ -13,7 +13,6 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disa
 from prometheus_client.exposition import generate_latest
 
 from engine.info import EngineStats
-from engine.request import Timings
 from server.metrics_vllm import VllmView, vllm_families
 from server.snapshot import Snapshot, SnapshotCollector, whet_families
 
@@ -58,7 +57,7 @@ class Metrics:
         self.prompt_tokens_total = self._counter("prompt_tokens", "Prompt tokens taken.", ["model", "adapter"])
         self.generation_tokens_total = self._counter("generation_tokens", "Tokens generated.", ["model", "adapter"])
         self.requests_total = self._counter(
-            "requests", "Generation requests that ended.", ["model", "adapter", "finish_reason"]
+            "requests", "Completions that ended.", ["model", "adapter", "finish_reason"]
         )
         self.admission_rejections_total = self._counter("admission_rejections", "Calls that were refused.", ["reason"])
         self.rpc_total = self._counter("rpc", "Calls that ended.", ["service", "method", "code"])
@@ -114,19 +113,6 @@ class Metrics:
             slices = self.job_slice_seconds.labels(kind)
             for seconds in durations:
                 slices.observe(seconds)
-
-    def observe_completion(self, model: str, timings: Timings, num_prompt_tokens: int, num_tokens: int) -> None:
-        """Enters a completion that ended at a stop string: the engine saw it aborted, and reports none of this."""
-        readings = {
-            "time_to_first_token_seconds": timings.time_to_first_token_seconds,
-            "request_decode_seconds": timings.decode_seconds,
-            "request_duration_seconds": timings.total_seconds,
-            "request_prompt_tokens": num_prompt_tokens,
-            "request_generation_tokens": num_tokens,
-        }
-        for name, value in readings.items():
-            if value is not None:
-                self.histograms[name].labels(model).observe(value)
 
     def forget_run(self, model: str, adapter: str) -> None:
         """Takes a run's gauges off the scrape: it is not live any more."""

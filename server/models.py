@@ -7,15 +7,16 @@ directory; no path comes from a request.
 from __future__ import annotations
 
 import asyncio
-import json
+import contextlib
 import logging
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterator, Mapping
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
-from engine.errors import CancelledError, EngineError, FailedPreconditionError, FormatError, NotFoundError
+from engine.errors import CancelledError, EngineError, FailedPreconditionError, InvalidArgumentError, NotFoundError
+from engine.evaluation.embedding_config import NO_PROMPTS, Prompts, read_prompts
 from engine.info import ModelInfo
 from engine.names import validate_name
 from engine.tokenizer import Tokenizer
@@ -24,7 +25,6 @@ logger = logging.getLogger("whet.models")
 
 T = TypeVar("T")
 ModelState = Literal["unloaded", "loading", "ready", "failed"]
-_PROMPTS_FILE = "config_sentence_transformers.json"
 
 
 class ModelHost(Protocol):
@@ -47,7 +47,7 @@ class ModelEntry:
         configured: named by the operator; the server is ready only when all of these are.
         error: why it is "failed".
         info, tokenizer: None until it is loaded.
-        prompts: prefixes that the model's files define for embedding, by purpose ("query", "document").
+        prompts: prefixes that the model's files define for embedding.
     """
 
     name: str
@@ -57,7 +57,7 @@ class ModelEntry:
     error: str = ""
     info: ModelInfo | None = None
     tokenizer: Tokenizer | None = None
-    prompts: Mapping[str, str] = field(default_factory=dict)
+    prompts: Prompts = NO_PROMPTS
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     num_users: int = 0
     _guarded: set[asyncio.Task[None]] = field(default_factory=set)
@@ -138,7 +138,7 @@ class ModelRegistry:
     Args:
         host: loads and unloads.
         configured: name to path, as the operator gave them.
-        models_dir: where Quantize writes; its directories are known by their names.
+        models_dir: where Quantize writes; its directories are known by their names once ``refresh`` has seen them.
 
     Attributes:
         on_change: awaited whenever a model became ready or ceased to be, before the caller hears of it.
@@ -149,10 +149,19 @@ class ModelRegistry:
         self._models_dir = models_dir
         self._entries = {name: ModelEntry(name, path, configured=True) for name, path in configured.items()}
         self.on_change: Callable[[], Awaitable[None]] | None = None
+        self._tasks: set[asyncio.Task[Any]] = set()
+
+    async def refresh(self) -> None:
+        """Looks which written models there are: new ones become known, removed ones are forgotten once unloaded."""
+        written = await asyncio.to_thread(_written, self._models_dir)
+        for name, path in written.items():
+            self._entries.setdefault(name, ModelEntry(name, path, configured=False))
+        for entry in list(self._entries.values()):
+            if not (entry.configured or entry.name in written or entry.lock.locked() or self._holds(entry)):
+                del self._entries[entry.name]
 
     def entries(self) -> list[ModelEntry]:
         """All known models, by name."""
-        self._find_written()
         return [self._entries[name] for name in sorted(self._entries)]
 
     def configured(self) -> list[ModelEntry]:
@@ -171,8 +180,6 @@ class ModelRegistry:
             NotFoundError: it is not known.
         """
         validate_name(name, field)
-        if name not in self._entries:
-            self._find_written()
         entry = self._entries.get(name)
         if entry is None:
             known = ", ".join(sorted(self._entries)) or "none"
@@ -205,12 +212,17 @@ class ModelRegistry:
     async def load(self, name: str) -> ModelEntry:
         """Loads a known model, with its tokenizer. Does nothing if it is loaded.
 
+        Goes on when its caller is cancelled: half a model is of no use to anybody.
+
         Raises:
             EngineError: it cannot be loaded; the entry says why from then on.
         """
-        entry = self.get(name, "name")
+        return await self._to_the_end(self._load(self.get(name, "name")))
+
+    async def _load(self, entry: ModelEntry) -> ModelEntry:
+        name = entry.name
         async with entry.lock:
-            if entry.state == "ready":
+            if entry.state == "ready" and self._holds(entry):
                 return entry
             entry.state, entry.error = "loading", ""
             try:
@@ -230,6 +242,7 @@ class ModelRegistry:
         Raises:
             EngineError: the first that cannot be loaded.
         """
+        await self.refresh()
         for entry in self.configured():
             entry.state = "loading"
         await self._host.wait_loaded()
@@ -240,6 +253,7 @@ class ModelRegistry:
 
     async def adopt(self, name: str, info: ModelInfo) -> ModelEntry:
         """Takes up a model that a job has written and loaded."""
+        await self.refresh()
         entry = self.get(name)
         async with entry.lock:
             await self._equip(entry, info)
@@ -249,31 +263,48 @@ class ModelRegistry:
     async def unload(self, name: str, *, force: bool) -> ModelEntry:
         """Frees a model's memory. Does nothing if it is not loaded.
 
+        Goes on when its caller is cancelled, so that what is known here and what is in memory stay the same.
+
         Args:
             force: end the calls that use it first.
         Raises:
             FailedPreconditionError: it is in use.
         """
-        entry = self.get(name, "name")
+        return await self._to_the_end(self._unload(self.get(name, "name"), force))
+
+    async def _unload(self, entry: ModelEntry, force: bool) -> ModelEntry:
         async with entry.lock:
-            if entry.state != "ready":
+            if entry.state != "ready" and not self._holds(entry):
                 return entry
             if entry.num_users and not force:
                 raise FailedPreconditionError(
-                    f"model {name!r} is in use by {entry.num_users} calls; wait for them, or force",
+                    f"model {entry.name!r} is in use by {entry.num_users} calls; wait for them, or force",
                     field="name",
                     reason="MODEL_BUSY",
                 )
+            before = entry.state
             entry.state = "unloaded"  # from here on nobody begins to use it
             try:
                 await entry.evict()
-                await self._host.unload_model(name)
-            except BaseException:
-                entry.state = "ready"
-                raise
-            entry.info, entry.tokenizer = None, None
+                with contextlib.suppress(NotFoundError):  # then it is unloaded, as it should be
+                    await self._host.unload_model(entry.name)
+            finally:
+                if self._holds(entry):
+                    entry.state = before
+                else:
+                    entry.info, entry.tokenizer, entry.error = None, None, ""
         await self._announce()
         return entry
+
+    def _holds(self, entry: ModelEntry) -> bool:
+        """Whether the model is in memory: the host alone knows."""
+        return entry.name in self._host.models()
+
+    async def _to_the_end(self, change: Coroutine[Any, Any, T]) -> T:
+        task = asyncio.create_task(change)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return await asyncio.shield(task)
 
     async def _announce(self) -> None:
         if self.on_change is not None:
@@ -282,25 +313,18 @@ class ModelRegistry:
     async def _equip(self, entry: ModelEntry, info: ModelInfo) -> None:
         path = Path(info.tokenizer_path)
         entry.tokenizer = await asyncio.to_thread(Tokenizer.from_path, path)
-        entry.prompts = _read_prompts(path)
+        entry.prompts = await asyncio.to_thread(read_prompts, path)
         entry.info, entry.state, entry.error = info, "ready", ""
 
-    def _find_written(self) -> None:
-        if not self._models_dir.is_dir():
-            return
-        for path in self._models_dir.iterdir():
-            if path.name not in self._entries and (path / "config.json").is_file():
-                self._entries[path.name] = ModelEntry(path.name, path, configured=False)
 
-
-def _read_prompts(path: Path) -> dict[str, str]:
-    """The prefixes of a sentence-transformers model; none where its files define none."""
-    file = path / _PROMPTS_FILE
-    if not file.is_file():
-        return {}
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-        prompts = content.get("prompts") or {}
-        return {str(purpose): str(prefix) for purpose, prefix in prompts.items()}
-    except (ValueError, AttributeError, OSError) as error:
-        raise FormatError(f"{file} is malformed: {error}") from None
+def _written(models_dir: Path) -> dict[str, Path]:
+    """The models that lie in a directory, by name."""
+    found: dict[str, Path] = {}
+    if not models_dir.is_dir():
+        return found
+    for path in models_dir.iterdir():
+        with contextlib.suppress(InvalidArgumentError):  # a name that no request could give
+            validate_name(path.name, "model")
+            if (path / "config.json").is_file():
+                found[path.name] = path
+    return found

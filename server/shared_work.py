@@ -16,12 +16,16 @@ KEPT = 256
 
 
 class _Work(Generic[T]):
-    """One generator, run by a task of its own, and what it has yielded."""
+    """One generator, run by a task of its own, and what it has yielded.
+
+    Attributes: is_ending: it was cancelled, and may still be clearing up.
+    """
 
     def __init__(self, fingerprint: bytes, source: AsyncGenerator[T]) -> None:
         self.fingerprint = fingerprint
         self.items: list[T] = []
         self.followers = 0
+        self.is_ending = False
         self._more = asyncio.Event()
         self.task = asyncio.create_task(self._run(source))
         self.task.add_done_callback(lambda _: self._announce())
@@ -59,14 +63,16 @@ class SharedWork(Generic[T]):
     async def follow(self, key: str, fingerprint: bytes, start: Callable[[], AsyncGenerator[T]]) -> AsyncGenerator[T]:
         """Follows the work of that key, begun by ``start`` if there is none.
 
-        The work is cancelled when its last follower leaves before its end.
+        The work is cancelled when its last follower leaves before its end; who comes then waits until it has cleared
+        up, and begins anew.
 
         Args:
             fingerprint: of what is asked for; a key stands for one thing only.
         Raises:
             AlreadyExistsError: the key was used for something else.
         """
-        work = self._works.get(key)
+        while (work := self._works.get(key)) is not None and work.is_ending and not work.task.done():
+            await asyncio.wait({work.task})
         if work is None:
             work = self._works[key] = _Work(fingerprint, start())
             work.task.add_done_callback(lambda _: self._ended(key))
@@ -84,6 +90,7 @@ class SharedWork(Generic[T]):
         finally:
             work.followers -= 1
             if work.followers == 0 and not work.task.done():
+                work.is_ending = True
                 work.task.cancel()
                 await asyncio.wait({work.task})
 

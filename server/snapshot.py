@@ -107,8 +107,12 @@ def whet_families(snapshot: Snapshot) -> Iterator[Family]:
             adapters.add_metric([adapter.model, adapter.name, str(adapter.version)], 1)
     yield from (cache, weights, adapters)
 
-    up = GaugeMetricFamily("whet_worker_up", "Whether the worker process runs.", labels=["worker"])
-    age = GaugeMetricFamily("whet_worker_heartbeat_age_seconds", "Since its last sign of life.", labels=["worker"])
+    up = GaugeMetricFamily(
+        "whet_worker_up",
+        "1 while its loop goes round or loads a model; 0 while it starts, hangs or is down.",
+        labels=["worker"],
+    )
+    age = GaugeMetricFamily("whet_worker_heartbeat_age_seconds", "Since its loop last went round.", labels=["worker"])
     restarts = CounterMetricFamily("whet_worker_restarts", "Times it was started again.", labels=["worker"])
     share = GaugeMetricFamily(
         "whet_job_share_ratio", "Fraction of the loop's time that jobs took.", labels=["worker", "job_kind"]

@@ -287,7 +287,8 @@ class Client:
             normalize: scale vectors to length 1. Default: True.
             dimensions: keep the first so many (Matryoshka).
             pooling: "mean", "cls" or "last"; default: the model's own.
-            input_type: "query" or "document": put the model's own prefix before texts.
+            input_type: "query" or "document": put the model's own prefix for it before texts. Without one, or
+                where the model has none for it, the model's default prefix, if any.
         """
         requests = _embedding.embed_requests(
             inputs,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -25,6 +26,7 @@ class LoadedModel:
         model: eval mode, parameters without gradients.
         adapters: versions of this model's adapters, in memory and on disk.
         runner: cache and scheduler of generation; None for encoders.
+        is_serving: whether the engine has requests, of this model or another; jobs size their slices by it.
     """
 
     info: ModelInfo
@@ -35,6 +37,7 @@ class LoadedModel:
     dtype: torch.dtype
     adapters: AdapterStore
     runner: Runner | None = None
+    is_serving: Callable[[], bool] = lambda: False
 
     def causal_lm(self) -> CausalLM:
         """The model as a CausalLM.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections import defaultdict
 from collections.abc import Sequence as Seq
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -120,10 +121,14 @@ class Runner:
         self._scheduler.add(sequences)
         self._unfinished[request.request_id] = len(sequences)
 
-    def abort(self, request_id: str) -> None:
-        """Ends a request and frees its blocks at once; unknown ids are ignored."""
-        self._scheduler.abort(request_id)
-        self._unfinished.pop(request_id, None)
+    def abort(self, request_id: str, index: int | None, reason: Literal["cancelled", "stop"]) -> list[RequestOutput]:
+        """Ends a request, or one completion of it, and frees its blocks at once. See Engine.abort."""
+        ended = self._scheduler.abort(request_id, index, reason)
+        if reason == "stop":
+            return [self._output(sequence, []) for sequence in ended]
+        for sequence in ended:
+            self._count_end(sequence)
+        return []
 
     def has_requests(self) -> bool:
         """Whether step has work."""
@@ -246,6 +251,7 @@ class Runner:
         if sequence.is_finished:
             output.timings = sequence.timings()
             self._observe(sequence)
+            self._count_end(sequence)
             if sequence.error is not None:
                 output.error_code = sequence.error.code
                 output.error_message = sequence.error.message
@@ -275,12 +281,13 @@ class Runner:
             observe["request_decode_seconds"].append(timings.decode_seconds)
         observe["request_prompt_tokens"].append(sequence.num_prompt_tokens)
         observe["request_generation_tokens"].append(sequence.num_output_tokens)
+
+    def _count_end(self, sequence: Sequence) -> None:
         request_id = sequence.request.request_id
-        if request_id in self._unfinished:
-            self._unfinished[request_id] -= 1
-            if self._unfinished[request_id] == 0:
-                del self._unfinished[request_id]
-                self._finished.append(request_id)
+        self._unfinished[request_id] -= 1
+        if self._unfinished[request_id] == 0:
+            del self._unfinished[request_id]
+            self._finished.append(request_id)
 
     def drain_stats(self) -> ModelStats:
         """Gauges and counters now, and observations since the last call."""

@@ -194,14 +194,14 @@ class Scheduler:
             bisect.insort(self._waiting, sequence, key=Sequence.order)
         self._live[request.request_id] = list(sequences)
 
-    def abort(self, request_id: str) -> list[Sequence]:
-        """Ends a request's unfinished sequences with "cancelled" and frees their blocks at once.
+    def abort(self, request_id: str, index: int | None = None, reason: FinishReason = "cancelled") -> list[Sequence]:
+        """Ends a request's unfinished sequences, or the one of that index, and frees their blocks at once.
 
         Returns: these sequences; none if the request is unknown or has ended.
         """
-        aborted = list(self._live.get(request_id, ()))
+        aborted = [s for s in self._live.get(request_id, ()) if index is None or s.index == index]
         for sequence in aborted:
-            self.finish(sequence, "cancelled")
+            self.finish(sequence, reason)
         return aborted
 
     def finish(self, sequence: Sequence, reason: FinishReason, error: EngineError | None = None) -> None:

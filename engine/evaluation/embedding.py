@@ -76,7 +76,7 @@ def _embed(
     dimensions: int,
 ) -> Iterator[JobEvent | None]:
     config = loaded.engine_config
-    budget = SliceBudget(config.job_slice_seconds, config.max_batch_tokens)
+    budget = SliceBudget(config.job_slice_seconds, config.max_batch_tokens, loaded.is_serving)
     vectors = torch.empty(len(spec.inputs), dimensions, dtype=torch.float32)
     # Longest first: the largest need of memory shows at once, and like lengths share a batch.
     order = sorted(range(len(spec.inputs)), key=lambda i: len(spec.inputs[i]), reverse=True)

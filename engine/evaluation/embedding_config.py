@@ -28,6 +28,29 @@ _GGUF_TYPES: dict[int, Pooling] = {1: "mean", 2: "cls", 3: "last"}
 _MAX_PROMPTS = 256
 
 
+@dataclass(frozen=True, slots=True)
+class Prompts:
+    """Prefixes of texts.
+
+    Attributes:
+        prefixes: name ("query", "document" …) to the prefix that goes before the text.
+        default: name of the prefix that texts of no stated kind get; None: none.
+    """
+
+    prefixes: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    default: str | None = None
+
+    def prefix(self, *names: str) -> str:
+        """The prefix of the first of ``names`` that there is, else the default one; "" if there is neither."""
+        for name in (*names, self.default):
+            if name is not None and name in self.prefixes:
+                return self.prefixes[name]
+        return ""
+
+
+NO_PROMPTS = Prompts()
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EmbeddingConfig:
     """How a model's authors embed with it.
@@ -35,14 +58,12 @@ class EmbeddingConfig:
     Attributes:
         pooling: from hidden states of tokens to one vector.
         normalize: whether vectors are scaled to length 1.
-        prompts: name ("query", "document" …) to the prefix that goes before the text.
-        default_prompt: name of the prefix that texts of no stated kind get; None: none.
+        prompts: prefixes of texts.
     """
 
     pooling: Pooling
     normalize: bool = True
-    prompts: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
-    default_prompt: str | None = None
+    prompts: Prompts = NO_PROMPTS
 
 
 @lru_cache(maxsize=64)
@@ -60,18 +81,25 @@ def read_embedding_config(path: Path, task: Literal["generate", "embed"]) -> Emb
     default: Pooling = "mean" if task == "embed" else "last"
     if path.is_file():
         return EmbeddingConfig(pooling=_gguf_pooling(path) or default)
-    settings = _optional(path / "config_sentence_transformers.json")
-    prompts = _prompts(settings)
-    default_prompt = settings.string("default_prompt_name") if settings.has("default_prompt_name") else None
-    if default_prompt is not None and default_prompt not in prompts:
-        settings.reject("default_prompt_name", default_prompt, f"one of the prompts ({', '.join(prompts) or 'none'})")
     pooling, normalize = _modules(path)
-    return EmbeddingConfig(
-        pooling=pooling or default,
-        normalize=normalize,
-        prompts=MappingProxyType(prompts),
-        default_prompt=default_prompt,
-    )
+    return EmbeddingConfig(pooling=pooling or default, normalize=normalize, prompts=read_prompts(path))
+
+
+def read_prompts(path: Path) -> Prompts:
+    """The prefixes alone, which hold whatever the model's pooling is.
+
+    Args:
+        path: the model's directory, or its .gguf file, which has none.
+
+    Raises:
+        FormatError: they are malformed.
+    """
+    settings = _optional(path / "config_sentence_transformers.json")
+    prefixes = _prompts(settings)
+    default = settings.string("default_prompt_name") if settings.has("default_prompt_name") else None
+    if default is not None and default not in prefixes:
+        settings.reject("default_prompt_name", default, f"one of the prompts ({', '.join(prefixes) or 'none'})")
+    return Prompts(MappingProxyType(prefixes), default)
 
 
 def _optional(file: Path) -> Fields:

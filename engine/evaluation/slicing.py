@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 SMOOTHING = 0.5
 FIRST_SLICE_TOKENS = 128
 MIN_FORWARD_TOKENS = 256
 """A long text is not cut finer than this: smaller forwards would waste more than they spare serving."""
+
+IDLE_SLICE_SECONDS = 0.5
+"""Target of a slice while nobody is being served: large batches pay, and a request that arrives waits for one slice."""
 
 
 class SliceBudget:
@@ -16,15 +21,26 @@ class SliceBudget:
     that stalls serving.
 
     Args:
-        target_seconds: how long a slice should take.
+        target_seconds: how long a slice should take while requests are running.
         max_tokens: never more than this.
+        is_serving: whether requests are running now.
     """
 
-    def __init__(self, target_seconds: float, max_tokens: int) -> None:
+    def __init__(self, target_seconds: float, max_tokens: int, is_serving: Callable[[], bool] = lambda: True) -> None:
         self._target_seconds = target_seconds
         self._max_tokens = max_tokens
+        self._is_serving = is_serving
         self._seconds_per_token: float | None = None
-        self.tokens = min(FIRST_SLICE_TOKENS, max_tokens)
+        self._ceiling = min(FIRST_SLICE_TOKENS, max_tokens)
+
+    @property
+    def tokens(self) -> int:
+        """Of the next slice."""
+        rate = self._seconds_per_token
+        if not rate:
+            return self._ceiling
+        target = self._target_seconds if self._is_serving() else max(self._target_seconds, IDLE_SLICE_SECONDS)
+        return max(1, min(int(target / rate), self._ceiling))
 
     @property
     def forward_tokens(self) -> int:
@@ -37,5 +53,4 @@ class SliceBudget:
         if self._seconds_per_token is not None:
             rate = SMOOTHING * rate + (1 - SMOOTHING) * self._seconds_per_token
         self._seconds_per_token = rate
-        affordable = int(self._target_seconds / rate) if rate > 0.0 else self._max_tokens
-        self.tokens = max(1, min(affordable, 2 * self.tokens, self._max_tokens))
+        self._ceiling = min(2 * max(self._ceiling, num_tokens), self._max_tokens)

@@ -81,6 +81,8 @@ class AdapterStore:
         self._live: dict[str, Adapter] = {}
         self._old: OrderedDict[tuple[str, int], Adapter] = OrderedDict()
         self._external: dict[str, tuple[Adapter, Path]] = {}
+        # Of versions on disk, without what changes: a version never does, nor is its number used again.
+        self._infos: dict[tuple[str, int], AdapterInfo] = {}
         self._scan()
 
     @property
@@ -273,6 +275,7 @@ class AdapterStore:
         for v in gone:
             self._stored.remove(name, v)
             self._old.pop((name, v), None)
+            self._infos.pop((name, v), None)
         live = self._live.get(name)
         if live is not None and live.version in gone:
             del self._live[name]
@@ -340,29 +343,28 @@ class AdapterStore:
         return version
 
     def _info(self, name: str, version: int) -> AdapterInfo:
-        directory = self._stored.directory(name, version)
-        lineage = Lineage.read(directory)
+        key = (name, version)
+        if key not in self._infos:
+            self._infos[key] = self._read_info(name, version)
         live = self._live.get(name)
         is_live = live is not None and live.version == version
-        resident = live if is_live else self._old.get((name, version))
-        if resident is not None:
-            shape = resident
-            targets, count = _targets(resident), resident.num_parameters()
-        else:
-            config = read_config(directory)
-            shape = Adapter(name, version, config.rank, config.alpha, config.use_rslora)
-            targets, count = _stored_shape(directory)
+        return replace(self._infos[key], live=is_live, loaded=is_live or key in self._old)
+
+    def _read_info(self, name: str, version: int) -> AdapterInfo:
+        directory = self._stored.directory(name, version)
+        lineage, config = Lineage.read(directory), read_config(directory)
+        targets, num_parameters = _stored_shape(directory)
         return AdapterInfo(
             model=self._model_name,
             name=name,
             version=version,
-            live=is_live,
-            loaded=resident is not None,
-            rank=shape.rank,
-            alpha=shape.alpha,
-            use_rslora=shape.use_rslora,
+            live=False,
+            loaded=False,
+            rank=config.rank,
+            alpha=config.alpha,
+            use_rslora=config.use_rslora,
             target_modules=targets,
-            num_parameters=count,
+            num_parameters=num_parameters,
             path=str(directory),
             created_at=lineage.created_at,
             run_id=lineage.run_id,
@@ -388,7 +390,8 @@ class AdapterStore:
 
     def _unknown(self, name: str, version: int | None = None) -> NotFoundError:
         stored = self._stored.versions(name)
-        known = ", ".join(sorted({*self._live, *self._stored.names()})) or "none"
+        there = {*self._live, *(other for other in self._stored.names() if self._stored.versions(other))}
+        known = ", ".join(sorted(there)) or "none"
         if version is not None and (stored or name in self._live):
             versions = ", ".join(map(str, ((0,) if name in self._external else ()) + stored)) or "none"
             return NotFoundError(
@@ -415,7 +418,7 @@ def _targets(adapter: Adapter) -> list[str]:
 
 
 def _stored_shape(directory: Path) -> tuple[list[str], int]:
-    """Target modules and parameter count of a version that is not in memory, from the header of its file."""
+    """Target modules and parameter count of a version, from the header of its file."""
     try:
         with safe_open(str(directory / WEIGHTS_NAME), framework="pt") as file:
             shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 - not a mapping

@@ -98,7 +98,7 @@ def compare(
     before, after = loaded.causal_lm(), _open(staging, loaded)
     config = loaded.engine_config
     token_ids = torch.tensor(spec.eval_token_ids, dtype=torch.int64, device=loaded.device)
-    budget = SliceBudget(config.job_slice_seconds, config.max_batch_tokens)
+    budget = SliceBudget(config.job_slice_seconds, config.max_batch_tokens, loaded.is_serving)
     done = 0
     while done < len(windows):
         batch = take_windows(windows, done, budget.tokens)

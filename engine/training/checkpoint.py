@@ -153,6 +153,14 @@ class Checkpoints:
         self._prune()
         return final
 
+    def clear_unfinished(self) -> None:
+        """Removes what a process that died left half written. A run has one process at a time."""
+        for path in self._directory.glob(".*"):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+
     def read_latest(self) -> tuple[RunState, Path, dict[str, Tensor]] | None:
         """State, PEFT directory and optimizer state of the last checkpoint; None if there is none.
 

@@ -6,18 +6,19 @@ import asyncio
 import time
 from contextlib import aclosing
 
-from engine.errors import InternalError, InvalidArgumentError, OutOfRangeError
+from engine.errors import InternalError, InvalidArgumentError
 from engine.jobs import EmbedFinished, EmbedSpec
 from server import convert
 from server.errors import over_limit
 from server.models import ReadyModel
-from server.prompts import check_token_ids
+from server.prompts import in_thread_if, read_token_ids
 from server.rpc import Context, current_call, new_request_id
 from server.services.base import Services
 from whet.v1 import embedding_pb2, embedding_pb2_grpc
 
-# Which of a model's own prompts serves which purpose; models spell the second one differently.
-_PURPOSES = {
+# Which of a model's own prompts serves which purpose; models spell the last one differently.
+_PURPOSES: dict[int, tuple[str, ...]] = {
+    embedding_pb2.INPUT_TYPE_UNSPECIFIED: (),
     embedding_pb2.INPUT_TYPE_QUERY: ("query",),
     embedding_pb2.INPUT_TYPE_DOCUMENT: ("document", "passage"),
 }
@@ -60,7 +61,7 @@ class EmbeddingService(embedding_pb2_grpc.EmbeddingServiceServicer):
             dimensions = convert.integer(request.dimensions, "dimensions", 1, model.info.embedding_dimensions)
         adapter, version = convert.from_adapter(request.adapter)
         prefix = self._prefix(request, model)
-        inputs = await asyncio.to_thread(self._tokenize, request, model, prefix)
+        inputs = await in_thread_if(True, lambda: self._tokenize(request, model, prefix))
         return EmbedSpec(
             job_id=new_request_id(),
             model=model.name,
@@ -74,12 +75,9 @@ class EmbeddingService(embedding_pb2_grpc.EmbeddingServiceServicer):
 
     @staticmethod
     def _prefix(request: embedding_pb2.EmbedRequest, model: ReadyModel) -> str:
-        if request.input_type == embedding_pb2.INPUT_TYPE_UNSPECIFIED:
-            return ""
         if request.input_type not in _PURPOSES:
             raise convert.reject("input_type", request.input_type, f"the enum values 0 to {max(_PURPOSES)}")
-        prompts = model.entry.prompts
-        return next((prompts[name] for name in _PURPOSES[request.input_type] if name in prompts), "")
+        return model.entry.prompts.prefix(*_PURPOSES[request.input_type])
 
     def _tokenize(self, request: embedding_pb2.EmbedRequest, model: ReadyModel, prefix: str) -> list[list[int]]:
         """Runs in a thread. All limits are checked as it goes, so that no more is tokenised than is accepted."""
@@ -96,18 +94,13 @@ class EmbeddingService(embedding_pb2_grpc.EmbeddingServiceServicer):
                 if len(message.text) > config.max_prompt_chars:
                     raise over_limit(field, len(message.text), config.max_prompt_chars, "characters")
                 try:
-                    ids = model.tokenizer.encode(prefix + message.text)
+                    ids = model.tokenizer.encode(prefix + message.text, max_tokens=longest)
                 except InvalidArgumentError as error:
-                    raise InvalidArgumentError(error.message, field=field, reason=error.reason) from None
+                    raise type(error)(f"{field}: {error.message}", field=field, reason=error.reason) from None
             elif kind == "token_ids":
-                ids = list(message.token_ids.ids)
+                ids = read_token_ids(message.token_ids.ids, info.vocab_size, longest, field)
             else:
                 raise InvalidArgumentError(f"{field} is empty; accepted: text or token_ids", field=field)
-            if len(ids) > longest:
-                raise OutOfRangeError(
-                    f"{field} has {len(ids)} tokens; accepted: at most {longest}, the model's context", field=field
-                )
-            check_token_ids(ids, info.vocab_size, longest, field)
             total += len(ids)
             if total > config.max_embed_tokens:
                 raise over_limit("inputs", total, config.max_embed_tokens, "tokens in all")

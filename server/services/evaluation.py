@@ -9,7 +9,7 @@ from engine.errors import FailedPreconditionError, InvalidArgumentError
 from engine.jobs import PerplexityFinished, PerplexityProgress, PerplexitySpec
 from server import convert
 from server.models import ReadyModel
-from server.prompts import check_token_ids, encode
+from server.prompts import encode, encode_start, max_chars_of, take_token_ids
 from server.rpc import Context, current_call, new_request_id
 from server.services.base import Services
 from whet.v1 import evaluation_pb2, evaluation_pb2_grpc
@@ -53,11 +53,8 @@ class EvaluationService(evaluation_pb2_grpc.EvaluationServiceServicer):
         max_tokens = config.max_perplexity_tokens
         if request.HasField("max_tokens"):
             max_tokens = convert.integer(request.max_tokens, "max_tokens", 2, config.max_perplexity_tokens)
-        token_ids = await self._token_ids(request, model)
-        if request.HasField("max_tokens"):
-            token_ids = token_ids[:max_tokens]
+        token_ids = await self._token_ids(request, model, max_tokens)
         kind = request.WhichOneof("input") or "input"
-        check_token_ids(token_ids, model.info.vocab_size, max_tokens, f"{kind}")
         if len(token_ids) < 2:
             raise InvalidArgumentError(
                 f"{kind} has {len(token_ids)} token; accepted: at least 2, as the first is not scored", field=kind
@@ -72,12 +69,18 @@ class EvaluationService(evaluation_pb2_grpc.EvaluationServiceServicer):
             adapter_version=version,
         )
 
-    async def _token_ids(self, request: evaluation_pb2.PerplexityRequest, model: ReadyModel) -> list[int]:
+    @staticmethod
+    async def _token_ids(request: evaluation_pb2.PerplexityRequest, model: ReadyModel, max_tokens: int) -> list[int]:
+        """Those to score: no more than the caller asked for, or all, where they are not too many."""
+        is_cut = request.HasField("max_tokens")
         match request.WhichOneof("input"):
+            case "text" if is_cut:
+                return await encode_start(request.text, model.tokenizer, max_tokens, "text")
             case "text":
-                unlimited = self._services.config.max_message_bytes  # no text has more tokens than bytes
-                return await encode(request.text, model.tokenizer, unlimited, unlimited, "text")
+                return await encode(request.text, model.tokenizer, max_chars_of(max_tokens), max_tokens, "text")
             case "token_ids":
-                return list(request.token_ids.ids)
+                ids = request.token_ids.ids
+                chosen = ids[:max_tokens] if is_cut else ids
+                return await take_token_ids(chosen, model.info.vocab_size, max_tokens, "token_ids")
             case _:
                 raise InvalidArgumentError("input is empty; accepted: text or token_ids", field="input")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 
-from engine.errors import CancelledError, EngineError, InvalidArgumentError
+from engine.errors import CancelledError, EngineError, InvalidArgumentError, OverloadedError
 from engine.request import Request, RequestOutput, SamplingParams
 from server import convert
 from server.completion import Completion, Delta
@@ -18,6 +18,7 @@ from whet.v1 import generation_pb2, generation_pb2_grpc
 
 MAX_CACHE_SALT_CHARS = 256
 MAX_PRIORITY = 1_000_000
+INLINE_LOGPROBS = 1 << 12  # converting more of them holds up the event loop
 
 
 class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
@@ -124,6 +125,7 @@ class _Generation:
             for index in range(request.n)
         ]
         self._started: RequestOutput | None = None
+        self._prompt_logprobs = generation_pb2.GenerateResponse()
         self._held: list[RequestOutput] = []
 
     @property
@@ -138,13 +140,14 @@ class _Generation:
             async with aclosing(outputs) as batches:
                 async for batch in batches:
                     for output in batch:
+                        await self._convert_prompt_logprobs(output)
                         for response in self._take(output):
                             yield response
-                    if all(completion.finish_reason is not None for completion in self._completions):
-                        break  # closing the iterator aborts what a stop string has ended
             yield self._finished()
         except EngineError as error:
             outcome = "cancelled" if isinstance(error, CancelledError) else "error"
+            if isinstance(error, OverloadedError) and error.reason == "QUEUE_FULL":
+                self._services.metrics.admission_rejections_total.labels("queue_full").inc()
             raise
         except BaseException:
             outcome = "cancelled"
@@ -159,16 +162,25 @@ class _Generation:
             raise error_from_code(code, output.error_message or "the request was ended", output.error_reason)
         if not output.token_ids and output.finish_reason is None:
             return []
+        if self._completions[output.index].finish_reason is not None:
+            self._completions[output.index].push(output)  # a stop string ended it; only its timings are news
+            return []
         if self._started is not None:
-            # Of n completions, one that a stop string has ended goes on in the engine until the others have ended.
-            ended = self._completions[output.index].finish_reason is not None
-            return [] if ended else [self._delta(output)]
+            return [self._delta(output)]
         self._held.append(output)
         if self._sampling.prompt_logprobs is not None and output.prompt_logprobs is None:
             return []  # they come with the first token of completion 0
         self._started = output
         held, self._held = self._held, []
-        return [self._start(output), *(self._delta(earlier) for earlier in held)]
+        return [self._start(output), *(response for earlier in held for response in self._take(earlier))]
+
+    async def _convert_prompt_logprobs(self, output: RequestOutput) -> None:
+        logprobs, ids = output.prompt_logprobs, self._prompt.token_ids
+        if logprobs is not None:
+            size = len(logprobs) * (1 + (self._sampling.prompt_logprobs or 0))
+            self._prompt_logprobs = await in_thread_if(
+                size > INLINE_LOGPROBS, lambda: convert.to_prompt_logprobs(logprobs, ids)
+            )
 
     def _start(self, output: RequestOutput) -> generation_pb2.GenerateResponse:
         self._call.notes["adapter"] = self._request.adapter
@@ -185,12 +197,14 @@ class _Generation:
             text = self._prompt.text
             started.prompt_text = text if text is not None else self._model.tokenizer.decode(ids, False)
             started.prompt_token_ids.extend(ids)
-        if output.prompt_logprobs is not None:
-            started.prompt_logprobs.extend(convert.to_token_logprobs(output.prompt_logprobs, self._prompt.token_ids))
-        return generation_pb2.GenerateResponse(started=started)
+        self._prompt_logprobs.started.MergeFrom(started)
+        return self._prompt_logprobs
 
     def _delta(self, output: RequestOutput) -> generation_pb2.GenerateResponse:
-        delta: Delta = self._completions[output.index].push(output)
+        completion = self._completions[output.index]
+        delta: Delta = completion.push(output)
+        if completion.stop_string is not None and completion.timings is None:
+            self._services.pool.stop_completion(self._request.request_id, output.index)
         message = generation_pb2.GenerationDelta(index=delta.index, text=delta.text, token_ids=delta.token_ids)
         if delta.logprobs is not None:
             message.logprobs.extend(convert.to_token_logprobs(delta.logprobs, delta.token_ids))
@@ -228,13 +242,10 @@ class _Generation:
             index=completion.index,
             finish_reason=convert.to_finish_reason(completion.finish_reason),
             num_completion_tokens=completion.num_tokens,
-            timings=convert.to_timings(completion.timings, completion.num_tokens),
+            timings=convert.to_timings(completion.timings, completion.num_timed_tokens),
         )
         if completion.stop_string is not None:
-            # Where the two ends cannot be told apart, queue and prefill are not known: leave them unset.
             result.stop_string = completion.stop_string
-            result.timings.ClearField("queue")
-            result.timings.ClearField("prefill")
         elif completion.stop_token_id is not None:
             result.stop_token_id = completion.stop_token_id
         return result
@@ -248,7 +259,4 @@ class _Generation:
             num_tokens = sum(completion.num_tokens for completion in self._completions)
             metrics.generation_tokens_total.labels(model, adapter).inc(num_tokens)
         for completion in self._completions:
-            if completion.stop_string is not None and completion.timings is not None and self._started is not None:
-                num_prompt_tokens = self._started.num_prompt_tokens
-                metrics.observe_completion(model, completion.timings, num_prompt_tokens, completion.num_tokens)
             metrics.requests_total.labels(model, adapter, completion.finish_reason or outcome).inc()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import shutil
+import weakref
 from collections import OrderedDict
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -14,7 +16,7 @@ from engine.info import AdapterInfo
 from engine.names import validate_name
 from server import convert
 from server.errors import over_limit
-from server.models import ModelEntry
+from server.models import ModelEntry, ReadyModel
 from server.rpc import Context, current_call, new_request_id
 from server.run_manager import RunManager
 from server.services.base import Services, decode_page_token, encode_page_token
@@ -24,6 +26,7 @@ from whet.v1 import common_pb2, model_pb2, model_pb2_grpc
 CHUNK_BYTES = 1 << 19
 MAX_CHUNK_BYTES = 1 << 20
 KEPT_IMPORTS = 256
+_VERSION = re.compile(r"[0-9]{1,10}")
 
 
 class ModelService(model_pb2_grpc.ModelServiceServicer):
@@ -33,7 +36,9 @@ class ModelService(model_pb2_grpc.ModelServiceServicer):
         self._services = services
         self._runs = runs
         self._staging_dir = staging_dir
-        self._imports: OrderedDict[str, tuple[bytes, model_pb2.Adapter]] = OrderedDict()
+        self._imports: OrderedDict[str, tuple[bytes, asyncio.Task[model_pb2.Adapter]]] = OrderedDict()
+        self._publishing: set[asyncio.Task[model_pb2.Adapter]] = set()
+        self._import_locks: weakref.WeakValueDictionary[str, asyncio.Lock] = weakref.WeakValueDictionary()
 
     # ------------------------------------------------------------------------------------------------------- models
 
@@ -41,6 +46,7 @@ class ModelService(model_pb2_grpc.ModelServiceServicer):
         """All known models, by name; see the proto file."""
         size = self._services.page_size(request.page_size)
         after = decode_page_token(request.page_token) or ""
+        await self._services.models.refresh()
         entries = [entry for entry in self._services.models.entries() if entry.name > after]
         page = entries[:size]
         token = encode_page_token(page[-1].name) if len(entries) > size else ""
@@ -48,14 +54,15 @@ class ModelService(model_pb2_grpc.ModelServiceServicer):
 
     async def GetModel(self, request: model_pb2.GetModelRequest, context: Context) -> model_pb2.GetModelResponse:
         """One known model; see the proto file."""
+        await self._services.models.refresh()
         return model_pb2.GetModelResponse(model=self._to_model(self._services.models.get(request.name, "name")))
 
     async def LoadModel(self, request: model_pb2.LoadModelRequest, context: Context) -> model_pb2.LoadModelResponse:
         """Loads a known model; see the proto file."""
         with self._services.admission.reserve():
+            await self._services.models.refresh()
             entry = self._services.models.get(request.name, "name")
-            # A load that has begun goes on when its caller leaves: half a model is of no use to anybody.
-            await asyncio.shield(asyncio.create_task(self._services.models.load(entry.name)))
+            await self._services.models.load(entry.name)
             return model_pb2.LoadModelResponse(model=self._to_model(entry))
 
     async def UnloadModel(
@@ -159,16 +166,33 @@ class ModelService(model_pb2_grpc.ModelServiceServicer):
         header = first.header
         call = current_call()
         call.adopt_request_id(header.request_id)
-        fingerprint = header.SerializeToString(deterministic=True)
-        if header.request_id and header.request_id in self._imports:
-            earlier, adapter = self._imports[header.request_id]
-            if earlier != fingerprint:
-                raise InvalidArgumentError(
-                    f"request_id {header.request_id!r} was used for another upload; accepted: one id per upload",
-                    field="header.request_id",
-                    reason="REQUEST_ID_REUSED",
-                )
-            return model_pb2.ImportAdapterResponse(adapter=adapter)
+        # Of two calls with one id the second waits for the first one's upload; if that fails, its own is taken.
+        lock = self._import_locks.setdefault(call.request_id, asyncio.Lock())
+        async with lock:
+            publishing = self._earlier_import(header)
+            if publishing is not None:
+                adapter = await asyncio.shield(publishing)
+            else:
+                adapter = await self._import(header, request_iterator)
+        return model_pb2.ImportAdapterResponse(adapter=adapter)
+
+    def _earlier_import(self, header: model_pb2.ImportAdapterHeader) -> asyncio.Task[model_pb2.Adapter] | None:
+        """The import of the same request id, done or being done."""
+        if header.request_id not in self._imports:
+            return None
+        earlier, publishing = self._imports[header.request_id]
+        if earlier != header.SerializeToString(deterministic=True):
+            raise InvalidArgumentError(
+                f"request_id {header.request_id!r} was used for another upload; accepted: one id per upload",
+                field="header.request_id",
+                reason="REQUEST_ID_REUSED",
+            )
+        return publishing
+
+    async def _import(
+        self, header: model_pb2.ImportAdapterHeader, messages: AsyncIterator[model_pb2.ImportAdapterRequest]
+    ) -> model_pb2.Adapter:
+        """Takes the files and publishes them; once that has begun it goes on when the caller leaves."""
         with self._services.working_on(header.model) as model:
             name = validate_name(header.name, "header.name")
             upload = Upload(
@@ -179,7 +203,7 @@ class ModelService(model_pb2_grpc.ModelServiceServicer):
             )
             try:
                 await asyncio.to_thread(upload.open)
-                async for message in request_iterator:
+                async for message in messages:
                     if message.WhichOneof("payload") != "chunk":
                         raise InvalidArgumentError(
                             "a message is no chunk; accepted: one header, then chunks", field="chunk"
@@ -188,16 +212,38 @@ class ModelService(model_pb2_grpc.ModelServiceServicer):
                         raise over_limit("chunk.data", len(message.chunk.data), MAX_CHUNK_BYTES, "bytes")
                     await asyncio.to_thread(upload.write, message.chunk.name, message.chunk.data)
                 await asyncio.to_thread(upload.finish)
-                info = await self._services.pool.import_adapter(model.name, name, upload.directory)
+            except BaseException:
+                await asyncio.to_thread(shutil.rmtree, upload.directory, ignore_errors=True)
+                raise
             finally:
                 upload.close()
-                await asyncio.to_thread(shutil.rmtree, upload.directory, ignore_errors=True)
-        adapter = convert.to_adapter(info)
-        if header.request_id:
-            self._imports[header.request_id] = (fingerprint, adapter)
-            if len(self._imports) > KEPT_IMPORTS:
-                self._imports.popitem(last=False)
-        return model_pb2.ImportAdapterResponse(adapter=adapter)
+            publishing = asyncio.create_task(self._publish(model, name, upload.directory))
+            self._publishing.add(publishing)
+            publishing.add_done_callback(self._publishing.discard)
+            if header.request_id:
+                self._remember_import(header, publishing)
+            return await asyncio.shield(publishing)
+
+    async def _publish(self, model: ReadyModel, name: str, directory: Path) -> model_pb2.Adapter:
+        try:
+            with model.entry.use():
+                return convert.to_adapter(await self._services.pool.import_adapter(model.name, name, directory))
+        finally:
+            await asyncio.to_thread(shutil.rmtree, directory, ignore_errors=True)
+
+    def _remember_import(
+        self, header: model_pb2.ImportAdapterHeader, publishing: asyncio.Task[model_pb2.Adapter]
+    ) -> None:
+        key = header.request_id
+        self._imports[key] = (header.SerializeToString(deterministic=True), publishing)
+        if len(self._imports) > KEPT_IMPORTS:
+            self._imports.popitem(last=False)
+
+        def ended(task: asyncio.Task[model_pb2.Adapter]) -> None:
+            if (task.cancelled() or task.exception() is not None) and self._imports.get(key, (b"", None))[1] is task:
+                del self._imports[key]  # it can be tried again
+
+        publishing.add_done_callback(ended)
 
     async def ExportAdapter(
         self, request: model_pb2.ExportAdapterRequest, context: Context
@@ -292,7 +338,7 @@ def _sort_key(info: AdapterInfo) -> tuple[str, str, int]:
 
 def _cursor_key(cursor: str) -> tuple[str, str, int]:
     parts = cursor.split("/")
-    if len(parts) != 3 or not parts[2].isdigit():
+    if len(parts) != 3 or not _VERSION.fullmatch(parts[2]):
         raise InvalidArgumentError(
             "page_token is of another list; accepted: the next_page_token of an earlier reply", field="page_token"
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 
@@ -10,7 +11,7 @@ from engine.jobs import QuantizeFinished, QuantizeProgress, QuantizeSpec
 from engine.names import validate_name
 from server import convert
 from server.models import ReadyModel
-from server.prompts import check_token_ids, encode
+from server.prompts import encode, max_chars_of, take_token_ids
 from server.rpc import Call, Context, current_call, new_request_id
 from server.services.base import Services
 from server.shared_work import SharedWork
@@ -43,10 +44,11 @@ class QuantizationService(quantization_pb2_grpc.QuantizationServiceServicer):
     ) -> AsyncGenerator[quantization_pb2.QuantizeResponse]:
         services = self._services
         with services.working_on(request.model) as model:
-            spec = await self._spec(request, model)
-            if not spec.dry_run:
-                self._claim(spec.output_name)
+            output = validate_name(request.output, "output")
+            if not request.dry_run:
+                await self._claim(output)
             try:
+                spec = await self._spec(request, model, output)
                 async with aclosing(services.job_events(spec, model)) as events:
                     async for event in events:
                         if isinstance(event, QuantizeProgress):
@@ -54,11 +56,20 @@ class QuantizationService(quantization_pb2_grpc.QuantizationServiceServicer):
                         elif isinstance(event, QuantizeFinished):
                             yield await self._report(event, spec, call)
             finally:
-                self._being_written.discard(spec.output_name)
+                if not request.dry_run:
+                    self._being_written.discard(output)
 
-    def _claim(self, output: str) -> None:
-        known = {entry.name for entry in self._services.models.entries()} | self._being_written
-        if output in known or self._services.models.path_of_output(output).exists():
+    async def _claim(self, output: str) -> None:
+        """Takes the name of the new model, which no model has, so that no other call takes it meanwhile.
+
+        Raises:
+            AlreadyExistsError: it is taken.
+        """
+        models = self._services.models
+        await models.refresh()
+        is_there = await asyncio.to_thread(models.path_of_output(output).exists)
+        known = {entry.name for entry in models.entries()} | self._services.pool.models().keys() | self._being_written
+        if is_there or output in known:
             raise AlreadyExistsError(f"output is {output!r}, which exists; accepted: a new name", field="output")
         self._being_written.add(output)
 
@@ -70,16 +81,16 @@ class QuantizationService(quantization_pb2_grpc.QuantizationServiceServicer):
         if not spec.dry_run:
             services.metrics.quantize_bytes_in_total.labels(spec.model).inc(event.bytes_in)
             services.metrics.quantize_bytes_out_total.labels(spec.model).inc(event.bytes_out or 0)
+            await services.models.refresh()
             if spec.load and (info := services.pool.models().get(spec.output_name)) is not None:
                 await services.models.adopt(spec.output_name, info)
                 loaded = True
         return convert.to_quantize_report(event, request_id=call.request_id, dry_run=spec.dry_run, loaded=loaded)
 
-    async def _spec(self, request: quantization_pb2.QuantizeRequest, model: ReadyModel) -> QuantizeSpec:
+    async def _spec(self, request: quantization_pb2.QuantizeRequest, model: ReadyModel, output: str) -> QuantizeSpec:
         scheme = convert.from_enum(request.scheme, convert.QUANTIZE_SCHEMES, "", "scheme")
         if not scheme:
             raise InvalidArgumentError("scheme is not set; accepted: Q8, Q4", field="scheme")
-        output = validate_name(request.output, "output")
         group_size = request.group_size if request.HasField("group_size") else GROUP_SIZES[0]
         if group_size not in GROUP_SIZES:
             raise convert.reject("group_size", group_size, ", ".join(map(str, GROUP_SIZES)))
@@ -103,16 +114,14 @@ class QuantizationService(quantization_pb2_grpc.QuantizationServiceServicer):
         )
 
     async def _eval_token_ids(self, request: quantization_pb2.QuantizeRequest, model: ReadyModel) -> list[int]:
-        config = self._services.config
-        limit = config.max_perplexity_tokens
+        limit = self._services.config.max_perplexity_tokens
         kind = request.WhichOneof("eval_input")
         if kind is None:
             return []
         if kind == "eval_text":
-            ids = await encode(request.eval_text, model.tokenizer, config.max_message_bytes, limit, kind)
+            ids = await encode(request.eval_text, model.tokenizer, max_chars_of(limit), limit, kind)
         else:
-            ids = list(request.eval_token_ids.ids)
-        check_token_ids(ids, model.info.vocab_size, limit, kind)
+            ids = await take_token_ids(request.eval_token_ids.ids, model.info.vocab_size, limit, kind)
         if len(ids) < 2:
             raise InvalidArgumentError(f"{kind} has {len(ids)} token; accepted: at least 2", field=kind)
         return ids

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
+import re
 import shutil
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
@@ -16,11 +18,14 @@ from server import convert_training as convert_runs
 from server.adapt import Adaptation
 from server.datasets import RunDataset
 from server.errors import over_limit
+from server.prompts import in_thread_if
 from server.rpc import Context, current_call, new_request_id
 from server.run_manager import RunManager, interrupted
 from server.runs import RunRecord
 from server.services.base import Services, decode_page_token, encode_page_token
 from whet.v1 import training_pb2, training_pb2_grpc
+
+_CURSOR = re.compile(r"[0-9]{1,18}")
 
 
 class TrainingService(training_pb2_grpc.TrainingServiceServicer):
@@ -97,7 +102,7 @@ class TrainingService(training_pb2_grpc.TrainingServiceServicer):
                         "a message holds no examples; accepted: one config, then examples", field="examples"
                     )
                 batch = message.examples
-                await asyncio.to_thread(dataset.add, batch.examples, batch.split, batch.ByteSize())
+                await in_thread_if(True, functools.partial(dataset.add, batch.examples, batch.split, batch.ByteSize()))
             try:
                 summary = await asyncio.to_thread(
                     dataset.write, run_dir / "dataset", eval_fraction=request.eval_fraction, seed=params.seed
@@ -178,7 +183,7 @@ class TrainingService(training_pb2_grpc.TrainingServiceServicer):
         """Runs, newest first; see the proto file."""
         size = self._services.page_size(request.page_size)
         cursor = decode_page_token(request.page_token)
-        if cursor is not None and not cursor.isdigit():
+        if cursor is not None and not _CURSOR.fullmatch(cursor):
             raise InvalidArgumentError(
                 "page_token is of another list; accepted: the next_page_token of an earlier reply", field="page_token"
             )

@@ -46,32 +46,38 @@ class Deployment:
         self._adapters: dict[tuple[str, str], str | int] = {
             (model, name): str(path) for name, (model, path) in adapters.items()
         }
-        self._errors: dict[str, EngineError] = {}
         self._changes = asyncio.Lock()
         self._tasks: set[asyncio.Task[Any]] = set()
         router.configured.update(self._paths)
 
     async def restore(self, replica: Replica) -> None:
-        """Loads everything into a fresh worker. What fails is logged and left out; a death ends this at once."""
+        """Loads everything into a fresh worker. What fails is noted and left out; a death ends this at once."""
         tried: set[str] = set()
         while missing := [name for name in self._paths if name not in replica.models and name not in tried]:
             name = missing[0]
             tried.add(name)
             try:
-                info = await _load_model(replica, name, self._paths[name])
-                for (model, adapter), source in list(self._adapters.items()):
-                    if model == name:
-                        await self._restore_adapter(replica, model, adapter, source)
+                info = await self._load_with_adapters(replica, name, self._paths[name])
             except WorkerLostError:
                 return
             except EngineError as error:
                 logger.error("worker %d could not load model %s: %s", replica.index, name, error.message)
-                self._errors.setdefault(name, error)
+                replica.failures[name] = error
                 self._router.notify()
                 continue
             if name in self._paths:  # it may have been unloaded meanwhile
-                self._errors.pop(name, None)
                 self._serve(replica, info)
+
+    async def _load_with_adapters(self, replica: Replica, name: str, path: str) -> ModelInfo:
+        replica.loading.add(name)
+        try:
+            info = await replica.call(ModelInfo, lambda call: LoadModel(call_id=call, name=name, path=path))
+            for (model, adapter), source in list(self._adapters.items()):
+                if model == name:
+                    await self._restore_adapter(replica, model, adapter, source)
+            return info
+        finally:
+            replica.loading.discard(name)
 
     async def _restore_adapter(self, replica: Replica, model: str, name: str, source: str | int) -> None:
         try:
@@ -90,8 +96,9 @@ class Deployment:
             EngineError: the first that a worker met on the way.
         """
         while True:
-            if self._errors:
-                raise next(iter(self._errors.values()))
+            for replica in self._router.replicas:
+                if replica.failures:
+                    raise next(iter(replica.failures.values()))
             if all(replica.state in ("up", "failed", "stopped") for replica in self._router.replicas):
                 await self._router.acquire_any()
                 return
@@ -100,7 +107,8 @@ class Deployment:
     # ------------------------------------------------------------------------------------------------------- models
 
     async def load_model(self, name: str, path: str | Path) -> ModelInfo:
-        """Loads a model on every worker, or on none.
+        """Loads a model on every worker, or on none. One that no worker could load again after a restart is tried once
+        more.
 
         Raises:
             AlreadyExistsError: the name is taken by another path.
@@ -113,21 +121,34 @@ class Deployment:
             self._router.refuse_if_draining()
             if self._paths.get(name, path) != path:
                 raise AlreadyExistsError(f"model {name!r} is loaded, from {self._paths[name]}", field="model")
-            if name in self._router.infos:
-                return self._router.infos[name]
+            known = self._router.infos.get(name)
+            if known is not None and self._router.holding(name):
+                return known
             await self._router.acquire_any()
+            if known is not None and self._router.holding(name):
+                return known
             replicas = [replica for replica in self._router.replicas if replica.answers]
             # From here on a worker that restarts loads it as well.
             self._paths[name] = path
-            results = await asyncio.gather(*(_load_model(r, name, path) for r in replicas), return_exceptions=True)
+            loads = (self._load_with_adapters(replica, name, path) for replica in replicas)
+            results = await asyncio.gather(*loads, return_exceptions=True)
             loaded = [(r, info) for r, info in zip(replicas, results, strict=True) if isinstance(info, ModelInfo)]
             errors = [error for error in results if isinstance(error, BaseException)]
             refusals = [error for error in errors if not isinstance(error, WorkerLostError)]
-            if refusals or not loaded:
+            if known is not None:
+                # It is to be served again, by as many workers as can; nothing is taken back.
+                for replica, error in zip(replicas, results, strict=True):
+                    if isinstance(error, EngineError) and not isinstance(error, WorkerLostError):
+                        replica.failures[name] = error
+                if not loaded:
+                    self._router.notify()
+                    raise (refusals or errors)[0]
+            elif refusals or not loaded:
                 del self._paths[name]
                 for replica, _ in loaded:
                     replica.models.discard(name)
-                    await replica.call(type(None), lambda call: UnloadModel(call_id=call, name=name))
+                    with contextlib.suppress(WorkerLostError):
+                        await replica.call(type(None), lambda call: UnloadModel(call_id=call, name=name))
                 raise (refusals or errors)[0]
             for replica, info in loaded:
                 self._serve(replica, info)
@@ -156,6 +177,7 @@ class Deployment:
                     )
             path = self._paths.pop(name)
             del self._router.infos[name]  # no new request is accepted from here on
+            configured = name in self._router.configured
             self._router.configured.discard(name)
             for replica in self._router.holding(name):
                 try:
@@ -164,14 +186,20 @@ class Deployment:
                     continue
                 except EngineError:
                     self._paths[name], self._router.infos[name] = path, info
+                    if configured:
+                        self._router.configured.add(name)
+                    self._router.notify()
                     raise
                 replica.models.discard(name)
+            for replica in self._router.replicas:
+                replica.failures.pop(name, None)
             self._adapters = {key: source for key, source in self._adapters.items() if key[0] != name}
             self._router.notify()
 
     def _serve(self, replica: Replica, info: ModelInfo) -> None:
         replica.models.add(info.name)
-        self._router.infos.setdefault(info.name, info)
+        replica.failures.pop(info.name, None)
+        self._router.infos[info.name] = info
         self._router.notify()
 
     # ----------------------------------------------------------------------------------------------------- adapters
@@ -262,10 +290,6 @@ class Deployment:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return await asyncio.shield(task)
-
-
-async def _load_model(replica: Replica, name: str, path: str) -> ModelInfo:
-    return await replica.call(ModelInfo, lambda call: LoadModel(call_id=call, name=name, path=path))
 
 
 async def _load_adapter(replica: Replica, model: str, name: str, source: str | int | None) -> AdapterInfo:

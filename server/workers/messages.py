@@ -26,7 +26,7 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         endpoint: ZeroMQ address of the front end.
         identity: names this start of this worker; replies that bear another are of an earlier start.
-        heartbeat_interval_seconds: between heartbeats of a loop that goes round.
+        heartbeat_interval_seconds: between heartbeats, and between statistics.
         log_level, log_format: as ServerConfig's.
     """
 
@@ -107,9 +107,16 @@ class AddRequest(Command, frozen=True, kw_only=True):
 
 
 class Abort(Command, frozen=True, kw_only=True):
-    """Nothing more comes for the request. Has no reply: it may just have ended."""
+    """Ends a request. Has no reply: it may just have ended.
+
+    Attributes:
+        index: of the one completion to end; None: all of them.
+        reason: "cancelled": nothing more comes. "stop": Outputs follows with the end of each that had not ended.
+    """
 
     request_id: str
+    index: int | None = None
+    reason: Literal["cancelled", "stop"] = "cancelled"
 
 
 class Call(Command, frozen=True, kw_only=True):
@@ -243,15 +250,23 @@ class StartFailed(Report, frozen=True, kw_only=True):
 
 
 class Heartbeat(Report, frozen=True, kw_only=True):
-    """The loop goes round.
+    """The process is alive; the loop may be or not. Comes from a thread of its own, under an identity of its own.
 
     Attributes:
-        busy: what the loop is about to do that may take minutes ("loading model x"); "" when that is done.
-        stats: since the last heartbeat that carried them; None where they are not due.
+        doing: what the loop is at ("a step", "loading model x").
+        announced: whether the loop said beforehand that this may take minutes.
+        seconds: since the loop last went round, which is how long it has been at this.
     """
 
-    busy: str = ""
-    stats: EngineStats | None = None
+    doing: str
+    announced: bool = False
+    seconds: float = 0.0
+
+
+class Statistics(Report, frozen=True, kw_only=True):
+    """What the engine counted and observed since the last such report."""
+
+    stats: EngineStats
 
 
 class Outputs(Report, frozen=True, kw_only=True):
@@ -292,7 +307,7 @@ class Reply(Report, frozen=True, kw_only=True):
         return msgspec.msgpack.decode(self.body, type=kind)
 
 
-AnyReport = Ready | StartFailed | Heartbeat | Outputs | RequestFailed | JobEvents | Reply
+AnyReport = Ready | StartFailed | Heartbeat | Statistics | Outputs | RequestFailed | JobEvents | Reply
 
 
 # ------------------------------------------------------------------------------------------------------------- codec

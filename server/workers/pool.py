@@ -29,6 +29,7 @@ from engine.info import AdapterInfo, EngineStats, ModelInfo
 from engine.jobs import JobEvent, JobSpec
 from engine.request import Request, RequestOutput
 from server.workers.deployment import Deployment
+from server.workers.heartbeat import HEARTBEAT_SUFFIX
 from server.workers.jobs import Jobs
 from server.workers.link import Link
 from server.workers.messages import (
@@ -54,8 +55,8 @@ class WorkerSnapshot:
 
     Attributes:
         worker: its index, as a label.
-        up: it answers, and its heartbeat is fresh or it said that it is busy.
-        heartbeat_age_seconds: None before the first heartbeat.
+        up: it answers, beats, and its loop goes round or is at long work that it announced.
+        heartbeat_age_seconds: since its loop last went round, whatever its process tells; None before the first time.
         restarts: since the pool was made.
         busy: what keeps it from its loop ("loading model x"); "" for nothing.
         models: names that it serves.
@@ -150,26 +151,32 @@ class WorkerPool:
         """Refuses new work, has training runs checkpoint and end, lets streams finish, then ends the workers.
 
         Args:
-            drain_seconds: how long streams may go on; what is left then ends with UnavailableError.
+            drain_seconds: for all of that; what is left then ends with UnavailableError, and a worker that does not
+                end within another second is killed.
         """
+        deadline = time.monotonic() + drain_seconds
         self._router.draining = True
         self._router.notify()
         try:
-            await self.checkpoint_jobs()
+            async with asyncio.timeout_at(asyncio.get_running_loop().time() + drain_seconds):
+                await self.checkpoint_jobs()
+        except TimeoutError:
+            logger.error("jobs did not checkpoint within %g s; they end as they are", drain_seconds)
         except EngineError as error:
             logger.error("jobs could not be ended in order: %s", error.message)
-        deadline = time.monotonic() + drain_seconds
         while self.num_streams and time.monotonic() < deadline:
             await asyncio.sleep(0.02)
-        await asyncio.gather(*(replica.stop() for replica in self._router.replicas))
+        patience = min(self._supervision.stop_timeout_seconds, max(1.0, deadline - time.monotonic()))
+        await asyncio.gather(*(replica.stop(patience) for replica in self._router.replicas))
         await self._jobs.finish()
         if self._link is not None:
             await self._link.close()
             self._link = None
 
     def _receive(self, identity: str, report: AnyReport) -> bool:
+        sender = identity.removesuffix(HEARTBEAT_SUFFIX)
         for replica in self._router.replicas:
-            if replica.identity == identity:
+            if replica.identity == sender:
                 replica.handle(report)
                 return True
         return False
@@ -212,6 +219,15 @@ class WorkerPool:
             finally:
                 if replica.streams.pop(request.request_id, None) is not None and stream.unfinished:
                     replica.send(Abort(request_id=request.request_id))
+
+    def stop_completion(self, request_id: str, index: int) -> None:
+        """Ends one completion of a running request with "stop": a stop string was found in its text.
+
+        Its last output, with its timings, comes as all others do; unless its end is on the way already.
+        """
+        for replica in self._router.replicas:
+            if request_id in replica.streams:
+                replica.send(Abort(request_id=request_id, index=index, reason="stop"))
 
     # --------------------------------------------------------------------------------------------------------- jobs
 
@@ -270,10 +286,10 @@ class WorkerPool:
 
     def serves(self, model: str) -> bool:
         """Whether a request for the model could begin now: a worker holds it and is well."""
-        return not self._router.draining and any(self._is_up(replica) for replica in self._router.holding(model))
+        return not self._router.draining and any(replica.is_well for replica in self._router.holding(model))
 
     async def load_model(self, name: str, path: str | Path) -> ModelInfo:
-        """Loads a model on every worker, or on none. Goes on if the caller is cancelled.
+        """Loads a model on every worker, or on none, unless one holds it. Goes on if the caller is cancelled.
 
         Raises:
             AlreadyExistsError: the name is taken by another path.
@@ -330,7 +346,7 @@ class WorkerPool:
     @property
     def healthy(self) -> bool:
         """Whether every worker is up; one that loads models counts, one that hangs, restarts or stays down does not."""
-        return bool(self._router.replicas) and all(self._is_up(replica) for replica in self._router.replicas)
+        return bool(self._router.replicas) and all(replica.is_well for replica in self._router.replicas)
 
     def snapshot(self) -> list[WorkerSnapshot]:
         """All workers now. Call it every few seconds: observations are kept until it is called, and handed out once."""
@@ -339,8 +355,8 @@ class WorkerPool:
                 worker=str(replica.index),
                 device=replica.device,
                 state=replica.state,
-                up=self._is_up(replica),
-                heartbeat_age_seconds=self._heartbeat_age(replica),
+                up=replica.is_well,
+                heartbeat_age_seconds=None if replica.last_turn is None else time.monotonic() - replica.last_turn,
                 restarts=replica.restarts,
                 busy=replica.busy,
                 pid=replica.process.pid if replica.process is not None else None,
@@ -351,11 +367,3 @@ class WorkerPool:
             )
             for replica in self._router.replicas
         ]
-
-    def _heartbeat_age(self, replica: Replica) -> float | None:
-        return None if replica.last_heartbeat is None else time.monotonic() - replica.last_heartbeat
-
-    def _is_up(self, replica: Replica) -> bool:
-        age = self._heartbeat_age(replica)
-        fresh = age is not None and age <= self._supervision.stale_seconds
-        return replica.answers and (fresh or bool(replica.busy))

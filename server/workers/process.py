@@ -19,10 +19,13 @@ import msgspec
 
 from server.workers.messages import WorkerConfig
 
-# Ctrl-C reaches the whole process group; what to do about it is the parent's to decide, so it is ignored before the
-# first slow import. The package's root comes as an argument because the parent's sys.path is not inherited.
+# Ctrl-C reaches the whole process group, and so does SIGTERM from systemd, timeout(1) or kill(1) of a group. What to do
+# about it is the parent's to decide, which may well be to let streams finish; so both are ignored before the first slow
+# import. Shutdown, or the end of the parent, ends a worker. The package's root comes as an argument because the
+# parent's sys.path is not inherited.
 _BOOT = (
-    "import signal, sys; signal.signal(signal.SIGINT, signal.SIG_IGN); sys.path.insert(0, sys.argv[1]); "
+    "import signal, sys; signal.signal(signal.SIGINT, signal.SIG_IGN); "
+    "signal.signal(signal.SIGTERM, signal.SIG_IGN); sys.path.insert(0, sys.argv[1]); "
     "from server.workers.worker import main; main()"
 )
 _ROOT = Path(__file__).resolve().parents[2]

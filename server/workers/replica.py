@@ -31,6 +31,7 @@ from server.workers.messages import (
     RequestFailed,
     Shutdown,
     StartFailed,
+    Statistics,
     WorkerConfig,
 )
 from server.workers.process import WorkerProcess, describe_exit
@@ -47,10 +48,11 @@ class SupervisionConfig:
     """How workers are watched and restarted.
 
     Attributes:
-        heartbeat_timeout_seconds: silence after which a worker is taken for hung, and killed. Longer than any step or
-            job slice.
-        stale_seconds: silence after which health no longer calls the worker well.
-        busy_timeout_seconds: the same while the worker has said that it is loading or saving.
+        heartbeat_timeout_seconds: silence of the process after which it is killed.
+        step_timeout_seconds: how long the loop of a process that is not silent may stand at one thing (a step, a slice
+            of a job) until it is taken for hung, and killed. Longer than the longest forward.
+        busy_timeout_seconds: the same for what the worker announced to be long: loading and saving.
+        stale_seconds: silence, or standing at what was not announced, after which health no longer calls it well.
         start_timeout_seconds: from the start of the process to its first message.
         restart_backoff_seconds: before the first restart; doubles with each further one.
         max_restart_backoff_seconds: the backoff stops growing there.
@@ -61,8 +63,9 @@ class SupervisionConfig:
     """
 
     heartbeat_timeout_seconds: float = 60.0
-    stale_seconds: float = 20.0
+    step_timeout_seconds: float = 600.0
     busy_timeout_seconds: float = 3600.0
+    stale_seconds: float = 20.0
     start_timeout_seconds: float = 300.0
     restart_backoff_seconds: float = 0.5
     max_restart_backoff_seconds: float = 30.0
@@ -153,9 +156,12 @@ class Replica:
 
     Attributes:
         models: names that this worker holds and may be sent requests for.
+        loading: names that it is being told to load.
+        failures: names that this life could not load, and why.
         streams, jobs: what it is working on, by request id and job id.
-        busy: what long work it is at, in words; "" for none.
+        busy: what long work it announced, in words; "" for none.
         last_heartbeat: time.monotonic() of it; None before the first.
+        last_turn: time.monotonic() when its loop last went round, as far as known; None before the first.
     """
 
     def __init__(
@@ -178,7 +184,10 @@ class Replica:
         self.restarts = 0
         self.busy = ""
         self.last_heartbeat: float | None = None
+        self.last_turn: float | None = None
         self.models: set[str] = set()
+        self.loading: set[str] = set()
+        self.failures: dict[str, EngineError] = {}
         self.streams: dict[str, Stream] = {}
         self.jobs: dict[str, Job] = {}
         self.stats = StatsAccumulator()
@@ -189,11 +198,14 @@ class Replica:
         self._changed = changed
         self._log_level = log_level
         self._log_format = log_format
+        self._doing = ""
+        self._standing_seconds = 0.0
         self._calls: dict[int, asyncio.Future[Reply]] = {}
         self._call_ids = itertools.count(1)
         self._ready: asyncio.Future[None] | None = None
         self._started: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._stopping = asyncio.Event()
+        self._patience_seconds = config.stop_timeout_seconds
         self._supervisor: asyncio.Task[None] | None = None
 
     @property
@@ -206,6 +218,20 @@ class Replica:
         """Whether commands reach a live engine."""
         return self.state in ("loading", "up")
 
+    @property
+    def is_well(self) -> bool:
+        """Whether it answers, beats, and its loop goes round or is at what it announced to be long."""
+        if not self.answers or self.last_heartbeat is None or self.last_turn is None:
+            return False
+        now, limit = time.monotonic(), self._config.stale_seconds
+        return now - self.last_heartbeat <= limit and (bool(self.busy) or now - self.last_turn <= limit)
+
+    def may_come_to_hold(self, model: str) -> bool:
+        """Whether it is loading the model, or will try to."""
+        if self.state == "loading":
+            return model not in self.failures
+        return self.state in ("starting", "restarting") or model in self.loading
+
     async def start(self) -> None:
         """Starts the worker and waits for its first life to be ready.
 
@@ -215,8 +241,14 @@ class Replica:
         self._supervisor = asyncio.create_task(self._supervise(), name=f"worker-{self.index}")
         await asyncio.shield(self._started)
 
-    async def stop(self) -> None:
-        """Ends the worker, cleanly if it still answers, and for good."""
+    async def stop(self, patience_seconds: float | None = None) -> None:
+        """Ends the worker, cleanly if it still answers, and for good.
+
+        Args:
+            patience_seconds: how long it may take before it is killed; None: as configured.
+        """
+        if patience_seconds is not None:
+            self._patience_seconds = patience_seconds
         self._stopping.set()
         if self._supervisor is not None:
             await self._supervisor
@@ -261,11 +293,13 @@ class Replica:
                 for event in (tagged.event() for tagged in events):
                     if (job := self.jobs.get(event.job_id)) is not None:
                         job.mailbox.put_nowait(event)
-            case Heartbeat(busy=busy, stats=stats):
+            case Heartbeat(doing=doing, announced=announced, seconds=seconds):
                 self.last_heartbeat = time.monotonic()
-                self.busy = busy
-                if stats is not None:
-                    self.stats.add(stats)
+                self.last_turn = self.last_heartbeat - seconds
+                self.busy = doing if announced else ""
+                self._doing, self._standing_seconds = doing, seconds
+            case Statistics(stats=stats):
+                self.stats.add(stats)
             case Reply(call_id=call_id):
                 call = self._calls.get(call_id)
                 if call is not None and not call.done():
@@ -355,7 +389,7 @@ class Replica:
                     return f"it ended while starting ({describe_exit(exited.result())}); its log tells why"
                 return f"it was not ready within {self._config.start_timeout_seconds:g} s"
             self._ready.result()
-            self.last_heartbeat = time.monotonic()
+            self.last_heartbeat = self.last_turn = time.monotonic()
             self._enter("loading")
             self._settle_started(None)
             restoring = asyncio.create_task(self._restored())
@@ -373,7 +407,8 @@ class Replica:
 
     async def _watch(self, exited: asyncio.Task[int]) -> str:
         """Waits for the end of the process, or for it to hang. Returns which."""
-        interval = max(0.05, self._config.heartbeat_timeout_seconds / 20)
+        shortest = min(self._config.heartbeat_timeout_seconds, self._config.step_timeout_seconds)
+        interval = max(0.05, shortest / 20)
         stopping = asyncio.create_task(self._stopping.wait())
         try:
             while True:
@@ -386,7 +421,7 @@ class Replica:
                 if stopping.done():
                     self.send(Shutdown())
                     # One that is loading would hear of it only afterwards, and has nothing to save.
-                    patience = 0.0 if self.busy else self._config.stop_timeout_seconds
+                    patience = 0.0 if self.busy else self._patience_seconds
                     done, _ = await asyncio.wait({exited}, timeout=patience)
                     return "stopped" if done else "did not stop, and was killed"
                 now = time.monotonic()
@@ -394,10 +429,12 @@ class Replica:
                 if now - looked > 2 * interval:
                     # It was this process that stood still, so the silence is no sign of the worker's.
                     self.last_heartbeat = now
-                limit = self._config.busy_timeout_seconds if self.busy else self._config.heartbeat_timeout_seconds
-                if now - self.last_heartbeat > limit:
-                    doing = f" while {self.busy}" if self.busy else ""
-                    return f"no heartbeat for {now - self.last_heartbeat:.1f} s{doing}; it was killed"
+                if now - self.last_heartbeat > self._config.heartbeat_timeout_seconds:
+                    return f"no heartbeat for {now - self.last_heartbeat:.1f} s; it was killed"
+                # By the worker's own clock, on which it does not matter how long the report was on its way.
+                limit = self._config.busy_timeout_seconds if self.busy else self._config.step_timeout_seconds
+                if self._standing_seconds > limit:
+                    return f"its loop stood for {self._standing_seconds:.1f} s at {self._doing}; it was killed"
         finally:
             stopping.cancel()
 
@@ -407,7 +444,10 @@ class Replica:
         if self._stopping.is_set():
             lost = WorkerLostError("the server is shutting down", reason="DRAINING")
         self.models.clear()
-        self.busy = ""
+        self.loading.clear()
+        self.failures.clear()
+        self.busy = self._doing = ""
+        self._standing_seconds = 0.0
         self.stats.worker_lost()
         streams, self.streams = self.streams, {}
         jobs, self.jobs = self.jobs, {}

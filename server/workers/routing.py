@@ -62,12 +62,12 @@ class Router:
         return sorted(held, key=lambda replica: (replica.load, replica.index))
 
     async def acquire(self, model: str) -> Replica:
-        """The least loaded worker that holds the model; waits while none does but one will again.
+        """The least loaded worker that holds the model; waits while none does but one may again.
 
         Raises:
             NotFoundError: the model is not loaded.
-            UnavailableError: it is loading for the first time, the server is draining, or every worker is down for
-                good.
+            UnavailableError: it is loading for the first time, or could not be loaded again; the server is draining,
+                or every worker is down for good.
         """
         while True:
             self.refuse_if_draining()
@@ -75,6 +75,13 @@ class Router:
             if held := self.holding(model):
                 return held[0]
             self._refuse_if_down()
+            if not any(replica.may_come_to_hold(model) for replica in self.replicas):
+                why = next((r.failures[model].message for r in self.replicas if model in r.failures), "")
+                raise UnavailableError(
+                    f"no worker holds model {model!r}" + (f", as it could not be loaded again: {why}" if why else ""),
+                    field="model",
+                    reason="MODEL_LOAD_FAILED",
+                )
             await self.changed()
 
     async def acquire_any(self) -> Replica:

@@ -6,22 +6,21 @@ Everything happens in this one thread, so whatever a command changes is whole be
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import logging
-import signal
 import time
-from collections.abc import Iterator
-from types import FrameType
 
 import msgspec
 import torch
 import zmq
 
+from engine.core.failures import as_engine_error
 from engine.engine import Engine
-from engine.errors import EngineError, InternalError, OutOfMemoryError
+from engine.errors import EngineError, InternalError
 from engine.jobs import JobEvent
+from engine.request import RequestOutput
 from server.logs import configure_logging
+from server.workers.heartbeat import HeartbeatThread
 from server.workers.messages import (
     Abort,
     AdapterPath,
@@ -32,7 +31,6 @@ from server.workers.messages import (
     CheckpointJobs,
     DeleteAdapter,
     Failure,
-    Heartbeat,
     ImportAdapter,
     JobEvents,
     ListAdapters,
@@ -47,6 +45,7 @@ from server.workers.messages import (
     Shutdown,
     StartFailed,
     StartJob,
+    Statistics,
     Tagged,
     UnloadAdapter,
     UnloadModel,
@@ -69,39 +68,49 @@ class Worker:
     Args:
         engine: does the work.
         socket: a connected DEALER.
-        heartbeat_interval_seconds: between heartbeats while the loop goes round.
+        heartbeat: is told what the loop is at.
+        stats_interval_seconds: between reports of statistics.
     """
 
-    def __init__(self, engine: Engine, socket: zmq.Socket[bytes], heartbeat_interval_seconds: float) -> None:
-        self.running = True
+    def __init__(
+        self, engine: Engine, socket: zmq.Socket[bytes], heartbeat: HeartbeatThread, stats_interval_seconds: float
+    ) -> None:
+        self._running = True
         self._engine = engine
         self._socket = socket
-        self._interval = heartbeat_interval_seconds
-        self._last_heartbeat = float("-inf")
+        self._heartbeat = heartbeat
+        self._interval = stats_interval_seconds
+        self._last_stats = float("-inf")
         self._unfinished: dict[str, int] = {}
         self._failed_steps = 0
 
     def run(self) -> None:
-        """Works until Shutdown, or until ``running`` is cleared."""
-        while self.running:
+        """Works until Shutdown."""
+        while self._running:
+            self._heartbeat.turn("waiting for commands")
             self._take_commands()
+            if not self._running:
+                return
             if self._engine.has_requests():
+                self._heartbeat.turn("a step")
                 self._step()
             if self._engine.has_jobs():
+                self._heartbeat.turn("a slice of a job")
                 self._send_events(self._engine.advance_jobs())
-            self._beat()
+            self._send_stats()
 
     def _take_commands(self) -> None:
-        """Does all commands that are there; waits for one, up to a heartbeat, where there is no work."""
+        """Does all commands that are there; waits for one, until statistics are due, where there is no work."""
         idle = not (self._engine.has_requests() or self._engine.has_jobs())
         timeout = int(self._interval * 1000) if idle else 0
-        while self.running and self._socket.poll(timeout):
+        while self._running and self._socket.poll(timeout):
             data = self._socket.recv()
             try:
                 command = decode_command(data)
             except msgspec.DecodeError as error:
                 logger.warning("dropped %d bytes that are no command: %s", len(data), error)
                 continue
+            self._heartbeat.turn(type(command).__name__)
             self._do(command)
             timeout = 0
 
@@ -112,15 +121,16 @@ class Worker:
                 case AddRequest(request=request):
                     self._engine.add_request(request)
                     self._unfinished[request.request_id] = request.n
-                case Abort(request_id=request_id):
-                    self._unfinished.pop(request_id, None)
-                    self._engine.abort(request_id)
+                case Abort(request_id=request_id, index=index, reason=reason):
+                    if index is None:
+                        self._unfinished.pop(request_id, None)
+                    self._send_outputs(self._engine.abort(request_id, index, reason))
                 case Shutdown():
-                    self.running = False
+                    self._running = False
                 case Call():
                     self._send(reply(command.call_id, self._answer(command)))
         except Exception as error:  # noqa: BLE001 - becomes the answer
-            failure = Failure.of(_engine_error(error, type(command).__name__))
+            failure = _failure(error, type(command).__name__)
             if isinstance(command, AddRequest):
                 self._send(RequestFailed(request_id=command.request.request_id, failure=failure))
             elif isinstance(command, Call):
@@ -131,7 +141,7 @@ class Worker:
         engine = self._engine
         match call:
             case LoadModel(name=name, path=path):
-                with self._busy(f"loading model {name}"):
+                with self._heartbeat.announced(f"loading model {name}"):
                     return engine.load_model(name, path)
             case UnloadModel(name=name):
                 engine.unload_model(name)
@@ -141,7 +151,7 @@ class Worker:
             case CancelJob(job_id=job_id):
                 self._send_events([engine.cancel_job(job_id)])
             case CheckpointJobs():
-                with self._busy("checkpointing jobs"):
+                with self._heartbeat.announced("checkpointing jobs"):
                     self._send_events(engine.checkpoint_jobs())
             case ListAdapters(model=model):
                 return engine.adapters(model)
@@ -168,7 +178,7 @@ class Worker:
             outputs = self._engine.step()
         except Exception as error:
             self._failed_steps += 1
-            failure = Failure.of(_engine_error(error, "step"))
+            failure = _failure(error, "the step")
             ended, self._unfinished = self._unfinished, {}
             for request_id in ended:
                 self._engine.abort(request_id)
@@ -178,6 +188,9 @@ class Worker:
                 raise
             return
         self._failed_steps = 0
+        self._send_outputs(outputs)
+
+    def _send_outputs(self, outputs: list[RequestOutput]) -> None:
         for output in outputs:
             if output.finish_reason and output.request_id in self._unfinished:
                 self._unfinished[output.request_id] -= 1
@@ -187,20 +200,11 @@ class Worker:
         if told := [output for output in outputs if output.token_ids or output.finish_reason]:
             self._send(Outputs(outputs=told))
 
-    def _beat(self) -> None:
+    def _send_stats(self) -> None:
         now = time.monotonic()
-        if now - self._last_heartbeat >= self._interval:
-            self._last_heartbeat = now
-            self._send(Heartbeat(stats=self._engine.stats()))
-
-    @contextlib.contextmanager
-    def _busy(self, doing: str) -> Iterator[None]:
-        """Tells beforehand that the loop will stand still, so that it is not taken for hung."""
-        self._send(Heartbeat(busy=doing))
-        try:
-            yield
-        finally:
-            self._send(Heartbeat())
+        if now - self._last_stats >= self._interval:
+            self._last_stats = now
+            self._send(Statistics(stats=self._engine.stats()))
 
     def _send_events(self, events: list[JobEvent]) -> None:
         if events:
@@ -210,15 +214,12 @@ class Worker:
         self._socket.send(encode(report))
 
 
-def _engine_error(error: Exception, doing: str) -> EngineError:
-    """The error to report; what the engine did not raise on purpose is logged with its traceback."""
-    if isinstance(error, EngineError):
-        return error
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-        _release_memory()
-        return OutOfMemoryError(f"{doing} needs more memory than there is: {error}")
-    logger.error("%s failed", doing, exc_info=error)
-    return InternalError(f"{doing} failed: {type(error).__name__}: {error}")
+def _failure(error: Exception, what: str) -> Failure:
+    """What to report; an exception that nobody raised on purpose is logged with its traceback."""
+    reported = as_engine_error(error, what)
+    if isinstance(reported, InternalError):
+        logger.error("%s failed", what, exc_info=error)
+    return Failure.of(reported)
 
 
 def _release_memory() -> None:
@@ -243,14 +244,13 @@ def serve(config: WorkerConfig) -> int:
         except EngineError as error:
             socket.send(encode(StartFailed(failure=Failure.of(error))))
             return 1
-        worker = Worker(engine, socket, config.heartbeat_interval_seconds)
-
-        def stop(signum: int, frame: FrameType | None) -> None:
-            worker.running = False
-
-        signal.signal(signal.SIGTERM, stop)
+        heartbeat = HeartbeatThread(context, config.endpoint, config.identity, config.heartbeat_interval_seconds)
         socket.send(encode(Ready(device=str(engine.device))))
-        worker.run()
+        heartbeat.start()
+        try:
+            Worker(engine, socket, heartbeat, config.heartbeat_interval_seconds).run()
+        finally:
+            heartbeat.stop()
         return 0
     finally:
         socket.close()

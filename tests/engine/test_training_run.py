@@ -270,6 +270,20 @@ def test_three_steps_that_are_not_finite_end_the_run(loaded: LoadedModel, tmp_pa
         loaded.adapters.get("nothing-published-by-the-failed-run")
 
 
+def test_an_evaluation_that_is_not_finite_is_no_improvement(loaded: LoadedModel, tmp_path: Path) -> None:
+    """It is warned of, never counted as best, and the run goes on."""
+    poison(loaded, 5)
+    bad = [dataclasses.replace(HELD_OUT[0], token_ids=[5, *HELD_OUT[0].token_ids[1:]])]
+    events = events_of(make_spec(tmp_path, TRAIN, bad, eval_every=3), loaded)
+    assert not any(e.is_best for e in of_type(events, TrainEvaluation))
+    assert [(w.step, w.reason) for w in of_type(events, JobWarning)] == [
+        (step, "NON_FINITE_EVALUATION") for step in (0, 3, 6)
+    ]
+    finished = events[-1]
+    assert isinstance(finished, TrainFinished)
+    assert (finished.best_nll, finished.best_step, finished.version) == (None, None, 1)
+
+
 def _collect(spec: TrainSpec, loaded: LoadedModel, into: list[Any]) -> list[Any]:
     for event in train(spec, loaded):
         into.append(event)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 import subprocess
 import sys
+import time
 from contextlib import aclosing
 from pathlib import Path
 
@@ -27,9 +29,9 @@ from engine.jobs import (
     QuantizeFinished,
     QuantizeSpec,
 )
-from engine.request import SamplingParams
+from engine.request import RequestOutput, SamplingParams
 from server.workers.pool import WorkerPool
-from tests.faults.workers import MODEL, generate, request, running_pool, until
+from tests.faults.workers import MODEL, generate, request, running_pool, signal_worker, until
 
 
 def perplexity(num_tokens: int, job_id: str = "ppl") -> PerplexitySpec:
@@ -179,6 +181,54 @@ async def test_a_drain_lets_streams_finish_and_refuses_new_ones(tiny_llama: Path
         assert not pool.serves(MODEL)
         assert len(await stream) == 1500
         await stopping
+
+
+async def test_a_drain_waits_for_no_worker_beyond_its_time(tiny_llama: Path, tmp_path: Path) -> None:
+    """One that stands still can neither checkpoint its jobs nor shut down; it is killed."""
+    async with running_pool({MODEL: tiny_llama}, tmp_path) as pool:
+        events: list[object] = []
+        await pool.start_job(perplexity(200_000), events.append)
+        await until(lambda: events)
+        signal_worker(pool, signal.SIGSTOP)
+        began = time.monotonic()
+        await asyncio.wait_for(pool.stop(drain_seconds=0.5), 20)
+        assert time.monotonic() - began < 5
+        last = events[-1]
+        assert isinstance(last, JobFailed)
+        assert last.error_reason == "DRAINING"
+
+
+async def test_one_completion_ends_at_a_stop_string_and_its_siblings_go_on(pool: WorkerPool) -> None:
+    """The engine says when the stopped one ended; an end that has come already is not told twice."""
+    asked = request(400, n=3)
+    told: dict[int, list[RequestOutput]] = {0: [], 1: [], 2: []}
+    async with aclosing(pool.generate(asked)) as batches:
+        async for batch in batches:
+            for output in batch:
+                told[output.index].append(output)
+                if output.index == 1 and output.num_completion_tokens in (5, 6):
+                    pool.stop_completion(asked.request_id, 1)
+    pool.stop_completion(asked.request_id, 2)
+    assert [told[index][-1].finish_reason for index in range(3)] == ["length", "stop", "length"]
+    assert [sum(output.finish_reason is not None for output in told[index]) for index in range(3)] == [1, 1, 1]
+    stopped = told[1][-1]
+    assert stopped.token_ids == []
+    assert 5 <= stopped.num_completion_tokens < 400
+    assert stopped.timings is not None
+    assert stopped.timings.total_seconds >= stopped.timings.decode_seconds > 0
+    assert told[0][-1].timings is not None
+    assert stopped.timings.total_seconds < told[0][-1].timings.total_seconds
+
+    observed: list[float] = []
+
+    def completions_observed() -> int:
+        for model in pool.snapshot()[0].stats.models:
+            observed.extend(model.observations.get("request_generation_tokens", []))
+        return len(observed)
+
+    await until(lambda: completions_observed() >= 3, 10)
+    assert sorted(observed) == [stopped.num_completion_tokens, 400, 400]
+    assert pool.num_streams == 0
 
 
 async def test_a_drain_that_is_over_ends_what_is_left(tiny_llama: Path, tmp_path: Path) -> None:

@@ -50,7 +50,7 @@ def test_smollm2_chat_is_that_of_transformers(
         text = theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=opens)
         assert ours.apply_chat_template(messages, add_generation_prompt=opens) == text
         ids = theirs.apply_chat_template(messages, add_generation_prompt=opens)["input_ids"]
-        assert ours.encode_chat(messages, add_generation_prompt=opens) == ids
+        assert ours.encode_chat(messages, add_generation_prompt=opens)[0] == ids
 
 
 def test_smollm2_weights_are_those_of_transformers(smollm2_gguf: Path) -> None:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
+import shutil
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -126,6 +130,21 @@ def test_prefixes_are_those_of_the_models_files(stubs: Stubs) -> None:
         assert typed != vectors(embed(stubs, ["abc"]))
 
 
+def test_a_default_prefix_goes_before_texts_of_no_stated_purpose(
+    start_server: Callable[..., ServerProcess], tiny_bert: Path, tmp_path: Path
+) -> None:
+    copy = shutil.copytree(tiny_bert, tmp_path / "default")
+    settings = {"prompts": {"query": "query: ", "plain": "plain: "}, "default_prompt_name": "plain"}
+    (copy / "config_sentence_transformers.json").write_text(json.dumps(settings))
+    server = start_server(models=["--model", f"{EMBEDDER}={tiny_bert}", "--model", f"default={copy}"])
+    stubs = Stubs(server.address)
+    assert vectors(embed(stubs, ["abc"], model="default")) == vectors(embed(stubs, ["plain: abc"]))
+    for kind, prefix in ((embedding_pb2.INPUT_TYPE_QUERY, "query: "), (embedding_pb2.INPUT_TYPE_DOCUMENT, "plain: ")):
+        typed = vectors(embed(stubs, ["abc"], model="default", input_type=kind))
+        assert typed == vectors(embed(stubs, [prefix + "abc"]))
+    stubs.close()
+
+
 def test_a_causal_model_embeds_as_well(stubs: Stubs) -> None:
     last = embed(stubs, ["abc"], model=MODEL, pooling=embedding_pb2.POOLING_LAST)
     mean = embed(stubs, ["abc"], model=MODEL, pooling=embedding_pb2.POOLING_MEAN)
@@ -207,6 +226,12 @@ def test_a_dry_run_writes_nothing(stubs: Stubs, rpc_server: ServerProcess) -> No
     assert not (rpc_server.state_dir / "models" / "tiny-dry").exists()
     with fails(grpc.StatusCode.NOT_FOUND):
         stubs.model.GetModel(model_pb2.GetModelRequest(name="tiny-dry"), timeout=TIMEOUT)
+
+
+def test_the_name_of_a_model_that_is_there_is_refused(stubs: Stubs) -> None:
+    for name in (MODEL, EMBEDDER):
+        with fails(grpc.StatusCode.ALREADY_EXISTS):
+            quantize(stubs, name, eval_text=TEXT)
 
 
 def test_what_is_not_loaded_can_be_loaded_later(stubs: Stubs) -> None:

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import base64
 import json
+import os
+import signal
+import threading
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +19,7 @@ import pytest
 from tests.rpc.calls import TIMEOUT, generate, request, train
 from tests.rpc.conftest import EMBEDDER, MODEL
 from tests.rpc.harness import ServerProcess, Stubs, fails
-from whet.v1 import common_pb2, model_pb2
+from whet.v1 import common_pb2, model_pb2, training_pb2
 
 INVALID, NOT_FOUND = grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.NOT_FOUND
 FILES = ("adapter_config.json", "adapter_model.safetensors")
@@ -145,6 +151,33 @@ def test_a_model_is_unloaded_and_loaded_again(start_server: Callable[..., Server
     stubs.close()
 
 
+def test_an_unload_that_lost_its_caller_does_no_harm(start_server: Callable[..., ServerProcess]) -> None:
+    server = start_server()
+    stubs = Stubs(server.address)
+    os.kill(server.worker_pid(), signal.SIGSTOP)
+    try:
+        call = stubs.model.UnloadModel.future(model_pb2.UnloadModelRequest(name=MODEL), timeout=TIMEOUT)
+        time.sleep(0.5)
+        call.cancel()
+        time.sleep(0.2)
+    finally:
+        os.kill(server.worker_pid(), signal.SIGCONT)
+    unloaded = stubs.model.UnloadModel(model_pb2.UnloadModelRequest(name=MODEL), timeout=TIMEOUT).model
+    assert unloaded.state == model_pb2.MODEL_STATE_UNLOADED
+    stubs.model.LoadModel(model_pb2.LoadModelRequest(name=MODEL), timeout=TIMEOUT)
+    assert len(generate(stubs).token_ids()) == 8
+    stubs.close()
+
+
+@pytest.mark.parametrize("cursor", ["a/b/²", "a/b/" + "9" * 5000, "²"])
+def test_a_page_token_of_another_list_is_refused(stubs: Stubs, cursor: str) -> None:
+    token = base64.urlsafe_b64encode(cursor.encode()).decode()
+    with fails(INVALID, field="page_token"):
+        stubs.model.ListAdapters(model_pb2.ListAdaptersRequest(page_token=token), timeout=TIMEOUT)
+    with fails(INVALID, field="page_token"):
+        stubs.training.ListRuns(training_pb2.ListRunsRequest(page_token=token), timeout=TIMEOUT)
+
+
 # ----------------------------------------------------------------------------------------------------------- adapters
 
 
@@ -200,6 +233,39 @@ def test_an_import_is_done_once_for_one_request_id(stubs: Stubs, trained: str) -
     first = import_adapter(stubs, "models-once", files, request_id="import-once")
     assert import_adapter(stubs, "models-once", files, request_id="import-once") == first
     assert len(adapters(stubs, name="models-once")) == 1
+
+
+def test_two_imports_at_once_with_one_request_id_make_one_version(stubs: Stubs, trained: str) -> None:
+    messages = list(upload("models-twice", export(stubs, trained)[1], request_id="import-twice"))
+    begun = threading.Barrier(2)
+
+    def slowly() -> Iterator[model_pb2.ImportAdapterRequest]:
+        yield messages[0]
+        begun.wait(10)
+        yield from messages[1:]
+
+    with ThreadPoolExecutor(2) as threads:
+        calls = [threads.submit(stubs.model.ImportAdapter, slowly(), timeout=TIMEOUT) for _ in range(2)]
+        replies = [call.result() for call in calls]
+    assert replies[0] == replies[1]
+    assert [adapter.version for adapter in adapters(stubs, name="models-twice")] == [1]
+
+
+def test_an_import_that_lost_its_caller_leaves_the_id_to_the_next(stubs: Stubs, trained: str) -> None:
+    messages = list(upload("models-left", export(stubs, trained)[1], request_id="import-left"))
+    arrived = threading.Event()
+
+    def stuck() -> Iterator[model_pb2.ImportAdapterRequest]:
+        yield messages[0]
+        arrived.set()
+        threading.Event().wait(TIMEOUT)
+
+    first = stubs.model.ImportAdapter.future(stuck(), timeout=TIMEOUT)
+    assert arrived.wait(10)
+    with ThreadPoolExecutor(1) as threads:
+        second = threads.submit(stubs.model.ImportAdapter, iter(messages), timeout=TIMEOUT)
+        first.cancel()
+        assert second.result().adapter.version == 1
 
 
 def test_live_is_a_choice(stubs: Stubs, trained: str) -> None:
@@ -293,4 +359,9 @@ def test_an_adapter_given_at_start_up_is_served(
     reply = generate(own, adapter=common_pb2.AdapterSelector(name="given"), max_tokens=24)
     assert reply.token_ids() == expected
     assert server.metric("whet_adapter_info", model=MODEL, adapter="given") == 1.0
+    os.kill(server.worker_pid(), signal.SIGSTOP)  # busy for longer than a scrape waits
+    try:
+        assert server.metric("whet_adapter_info", model=MODEL, adapter="given") == 1.0
+    finally:
+        os.kill(server.worker_pid(), signal.SIGCONT)
     own.close()

@@ -234,6 +234,7 @@ def test_limits_are_configurable_and_named(start_server: Callable[..., ServerPro
     for field, values in (("prompt.text", {"prompt": "x" * 11}), ("n", {"n": 3})):
         with fails(grpc.StatusCode.INVALID_ARGUMENT, reason="LIMIT_EXCEEDED", field=field):
             generate(stubs, **{"prompt": "x", **values})
+    assert server.metric("whet_admission_rejections_total", reason="size") == 2.0
     run = stubs.training.Train(train_messages(params={"max_steps": 3000}), timeout=TIMEOUT)
     next(iter(run))
     with fails(grpc.StatusCode.RESOURCE_EXHAUSTED, reason="RUNS_FULL") as caught:

@@ -12,7 +12,7 @@ import gguf
 import pytest
 
 from engine.errors import FormatError
-from engine.evaluation.embedding_config import read_embedding_config
+from engine.evaluation.embedding_config import NO_PROMPTS, Prompts, read_embedding_config
 
 TRANSFORMER = {"path": "", "type": "sentence_transformers.models.Transformer"}
 POOLING = {"path": "1_Pooling", "type": "sentence_transformers.models.Pooling"}
@@ -32,7 +32,7 @@ def write(path: Path, modules: Any, pooling: Any = None, settings: Any = None) -
 def test_minilm(minilm_dir: Path) -> None:
     """The real model: mean pooling, normalised, no prefixes."""
     config = read_embedding_config(minilm_dir, "embed")
-    assert (config.pooling, config.normalize, dict(config.prompts)) == ("mean", True, {})
+    assert (config.pooling, config.normalize, config.prompts) == ("mean", True, NO_PROMPTS)
 
 
 @pytest.mark.parametrize(
@@ -55,9 +55,18 @@ def test_prompts(tmp_path: Path) -> None:
     settings = {"prompts": {"query": "search: ", "document": ""}, "default_prompt_name": "document"}
     path = write(tmp_path, [TRANSFORMER, POOLING, NORMALIZE], {"pooling_mode": "cls"}, settings)
     config = read_embedding_config(path, "embed")
-    assert config.prompts["query"] == "search: "
-    assert config.default_prompt == "document"
+    assert config.prompts.prefixes == {"query": "search: ", "document": ""}
+    assert config.prompts.default == "document"
     assert config.normalize
+
+
+def test_which_prefix_a_text_gets() -> None:
+    """That of the first name there is; else the default one; else none."""
+    prompts = Prompts({"query": "q: ", "passage": "p: "}, "passage")
+    assert prompts.prefix("query") == "q: "
+    assert prompts.prefix("document", "passage") == "p: "
+    assert prompts.prefix("other") == prompts.prefix() == "p: "
+    assert Prompts({"query": "q: "}).prefix("document") == NO_PROMPTS.prefix() == ""
 
 
 def test_defaults_without_files(tmp_path: Path) -> None:

@@ -44,6 +44,17 @@ def test_slices_grow_to_the_budget_and_shrink_from_it() -> None:
     assert budget.tokens == 5
 
 
+def test_slices_are_larger_while_nobody_is_served() -> None:
+    """Idle, a slice may take ten times as long; the first request brings it back to its target."""
+    serving = False
+    budget = SliceBudget(0.05, 2048, lambda: serving)
+    for _ in range(5):
+        budget.observe(budget.tokens, budget.tokens * 0.001)
+    assert budget.tokens == 500
+    serving = True
+    assert budget.tokens == 50
+
+
 def test_slices_at_most_double_and_keep_their_bounds() -> None:
     """One reading that was too good does not make a huge slice; the limits hold for any reading."""
     budget = SliceBudget(0.05, 300)

@@ -263,6 +263,15 @@ def test_unknown_names_say_what_there_is(store: AdapterStore) -> None:
             store.publish(filled(1.0, name))
 
 
+def test_a_deleted_adapter_is_not_named_any_more(store: AdapterStore) -> None:
+    """Its directory remembers the next version, but there is nothing to ask for."""
+    for name in ("t1", "t2"):
+        store.publish(filled(1.0, name))
+    store.delete("t2")
+    with pytest.raises(NotFoundError, match=r"it has: t1$"):
+        store.get("t2")
+
+
 def test_without_a_directory_nothing_is_published(tmp_path: Path) -> None:
     """Loading the operator's adapter works; publishing says what is missing."""
     store = open_store(None)

@@ -48,8 +48,19 @@ def test_a_stop_string_ends_it_and_is_never_seen(tokenizer: Tokenizer) -> None:
     deltas = [completion.push(output([token])) for token in ids("go STOP more")]
     assert "".join(delta.text for delta in deltas) == "go "
     assert (completion.finish_reason, completion.stop_string, completion.num_tokens) == ("stop", "STOP", 7)
-    assert completion.timings is not None
     assert sum(delta.finish_reason is not None for delta in deltas) == 1
+    # Its timings are the engine's, which comes to its end a little later.
+    assert completion.timings is None
+    assert completion.push(output([], "stop", num_completion_tokens=12)).text == ""
+    assert (completion.timings, completion.num_timed_tokens) == (Timings(total_seconds=1.0), 12)
+    assert completion.num_tokens == 7
+
+
+def test_a_stop_string_on_the_last_token_takes_the_timings_that_came_with_it(tokenizer: Tokenizer) -> None:
+    completion = Completion(0, tokenizer, ["STOP"], 0)
+    delta = completion.push(output(ids("STOP"), "length"))
+    assert (delta.text, delta.finish_reason, completion.stop_string) == ("", "stop", "STOP")
+    assert completion.timings is not None
 
 
 def test_tokens_after_the_stop_string_in_one_output_are_dropped(tokenizer: Tokenizer) -> None:

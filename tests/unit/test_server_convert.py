@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
 
 import pytest
 from hypothesis import given
@@ -58,6 +59,37 @@ def test_sampling_values_out_of_range_are_refused_by_path(field: str, value: obj
     with pytest.raises(InvalidArgumentError) as caught:
         convert.from_sampling(message, 300)
     assert caught.value.field == f"sampling.{field}"
+
+
+def test_a_huge_logit_bias_is_refused_before_it_is_copied() -> None:
+    class Many(dict[int, float]):
+        def __len__(self) -> int:
+            return 1 << 20
+
+        def __iter__(self) -> Iterator[int]:
+            raise AssertionError("copied")
+
+    class Message:
+        logit_bias = Many()
+        stop_token_ids = ()
+        ignore_eos = False
+
+        def HasField(self, name: str) -> bool:
+            return False
+
+    with pytest.raises(InvalidArgumentError, match="1048576 entries; accepted: at most 1024") as caught:
+        convert.from_sampling(Message(), 300)  # type: ignore[arg-type]
+    assert caught.value.field == "sampling.logit_bias"
+
+
+def test_log_probabilities_of_a_prompt_are_a_message_of_their_own() -> None:
+    entry = TokenLogprob(token_id=7, logprob=-0.5, rank=2, top=[(9, -0.25), (7, -0.5)])
+    response = convert.to_prompt_logprobs([None, entry], [3, 7])
+    assert response.started.prompt_logprobs == convert.to_token_logprobs([None, entry], [3, 7])
+    first, second = response.started.prompt_logprobs
+    assert (first.token_id, first.HasField("logprob"), len(first.top)) == (3, False, 0)
+    assert (second.token_id, second.logprob, second.rank) == (7, -0.5, 2)
+    assert [(top.token_id, top.logprob) for top in second.top] == [(9, -0.25), (7, -0.5)]
 
 
 def test_no_training_field_means_the_engines_defaults() -> None:

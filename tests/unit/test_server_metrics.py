@@ -8,7 +8,6 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from engine.info import AdapterInfo, EngineStats, ModelInfo, ModelStats
-from engine.request import Timings
 from server.metrics import Metrics
 from server.snapshot import Snapshot
 from server.workers.pool import WorkerSnapshot
@@ -66,7 +65,6 @@ def populated(*, compat_vllm: bool = False) -> Metrics:
     metrics.attach(snapshot)
     for histogram in metrics.histograms.values():
         histogram.labels("m").observe(0.5)
-    metrics.observe_completion("m", Timings(time_to_first_token_seconds=0.1, total_seconds=1.0), 3, 4)
     for counter in (metrics.prompt_tokens_total, metrics.generation_tokens_total):
         counter.labels("m", "tone").inc(3)
         counter.labels("m", "").inc(4)

@@ -94,3 +94,28 @@ async def test_only_so_many_are_remembered() -> None:
     assert source.starts == KEPT + 2
     await collect(works.follow("0", b"", source))
     assert source.starts == KEPT + 3
+
+
+async def test_a_call_that_comes_while_the_work_clears_up_begins_it_anew() -> None:
+    works, source, cleared = SharedWork[int](), Source(), asyncio.Event()
+
+    async def slow_to_end() -> AsyncGenerator[int]:
+        try:
+            async for item in source():
+                yield item
+        finally:
+            await cleared.wait()
+
+    first = asyncio.create_task(collect(works.follow("k", b"a", slow_to_end)))
+    await asyncio.sleep(0.01)
+    first.cancel()
+    await asyncio.sleep(0.01)
+    retry = asyncio.create_task(collect(works.follow("k", b"b", source)))  # the cancelled one holds the key for nothing
+    await asyncio.sleep(0.01)
+    assert source.starts == 1
+    cleared.set()
+    source.go.set()
+    assert await retry == [0, 1, 2]
+    assert source.starts == 2
+    with pytest.raises(asyncio.CancelledError):
+        await first

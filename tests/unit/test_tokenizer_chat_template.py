@@ -168,7 +168,7 @@ def test_chat_has_one_beginning_of_sequence(tmp_path: Path) -> None:
     """The template writes <s> itself, so encoding adds no second one; plain text gets its one."""
     metadata = {**sentencepiece_metadata(), "tokenizer.chat_template": "{{ bos_token }}{{ messages[0].content }}"}
     tokenizer = Tokenizer.from_path(write_gguf(tmp_path / "c.gguf", {}, metadata=metadata))
-    ids = tokenizer.encode_chat([{"role": "user", "content": "ab"}])
+    ids = tokenizer.encode_chat([{"role": "user", "content": "ab"}])[0]
     assert ids.count(tokenizer.bos_token_id) == 1
     assert tokenizer.encode("ab").count(tokenizer.bos_token_id) == 1
 

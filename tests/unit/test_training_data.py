@@ -158,7 +158,7 @@ def test_every_assistant_turn_counts(chat: Tokenizer) -> None:
     """Each with its end-of-turn token and without the line break after it; nothing of the others."""
     example, _ = tokenize({"messages": CONVERSATION}, chat, "completion", 1000)
     assert learnt(example, chat) == "Hello<|im_end|>|So long<|im_end|>"
-    assert example.token_ids == chat.encode_chat(CONVERSATION, add_generation_prompt=False)
+    assert example.token_ids == chat.encode_chat(CONVERSATION, add_generation_prompt=False)[0]
     trailing = [*CONVERSATION, {"role": "user", "content": "?"}]
     example, _ = tokenize({"messages": trailing}, chat, "completion", 1000)
     assert learnt(example, chat) == "Hello<|im_end|>|So long<|im_end|>"
@@ -170,7 +170,7 @@ def test_serving_prompts_are_prefixes(chat: Tokenizer) -> None:
     start = len(example.loss_mask) - 1 - example.loss_mask[::-1].index(True)
     while example.loss_mask[start - 1]:
         start -= 1
-    assert example.token_ids[:start] == chat.encode_chat(CONVERSATION[:-1], add_generation_prompt=True)
+    assert example.token_ids[:start] == chat.encode_chat(CONVERSATION[:-1], add_generation_prompt=True)[0]
 
 
 def test_a_template_that_forgets_thoughts(tmp_path: Path) -> None:
@@ -234,7 +234,7 @@ def test_conversations_lose_their_oldest_turns(chat: Tokenizer) -> None:
     assert len(example.token_ids) == 30
     assert learnt(example, chat) == "So long<|im_end|>"
     messages = [*CONVERSATION[:3], {"role": "user", "content": "x" * 200}]
-    length = len(chat.encode_chat(CONVERSATION[:3], add_generation_prompt=False)) - 1
+    length = len(chat.encode_chat(CONVERSATION[:3], add_generation_prompt=False)[0]) - 1
     example, truncated = tokenize({"messages": messages}, chat, "completion", length)
     assert truncated
     assert whole(example, chat).endswith("Hello<|im_end|>")

@@ -30,12 +30,18 @@ _SAMPLING: tuple[tuple[str, Any, str], ...] = (
 )
 
 
-def sampling_options(function: FunctionT) -> FunctionT:
-    """The options of chat and generate."""
-    for name, kind, text in reversed(_SAMPLING):
-        function = click.option(f"--{name}", type=kind, default=None, help=text)(function)
-    function = click.option("--stop", multiple=True, help="Ends the answer; repeatable.")(function)
-    return click.option("--model", "-m", default=None, help="Default: the only one that is loaded.")(function)
+def sampling_options(**defaults: float) -> Callable[[FunctionT], FunctionT]:
+    """The options of chat and generate; those without a default here have the server's."""
+
+    def decorate(function: FunctionT) -> FunctionT:
+        for name, kind, text in reversed(_SAMPLING):
+            default = defaults.get(name.replace("-", "_"))
+            shown = text if default is None else f"{text} Default: {default}."
+            function = click.option(f"--{name}", type=kind, default=default, help=shown)(function)
+        function = click.option("--stop", multiple=True, help="Ends the answer; repeatable.")(function)
+        return click.option("--model", "-m", default=None, help="Default: the only one that is loaded.")(function)
+
+    return decorate
 
 
 def _stream(settings: Settings, client: Client, prompt: Prompt, model: str, options: dict[str, Any]) -> Reply:
@@ -51,7 +57,7 @@ def _stream(settings: Settings, client: Client, prompt: Prompt, model: str, opti
 @click.command()
 @click.argument("prompt", required=False)
 @click.option("--file", "-f", type=click.Path(allow_dash=True), help="Read the prompt from this file.")
-@sampling_options
+@sampling_options(max_tokens=256)
 @click.option("--n", type=int, default=None, help="Completions to make; several are printed one after the other.")
 @click.option("--logprobs", type=int, default=None, help="With --json: of each token and so many alternatives.")
 @click.option("--prompt-logprobs", type=int, default=None, help="With --json: the same of the prompt.")
@@ -89,7 +95,7 @@ def _remark(reply: Reply) -> None:
 @click.command()
 @click.argument("message", required=False)
 @click.option("--system", default=None, help="System message.")
-@sampling_options
+@sampling_options(max_tokens=512, temperature=0.7, top_p=0.9)
 @settings_options
 @click.pass_obj
 def chat(settings: Settings, /, message: str | None, system: str | None, model: str | None, **options: Any) -> None:

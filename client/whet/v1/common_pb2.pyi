@@ -61,7 +61,7 @@ class ChatMessage(_message.Message):
     ROLE_FIELD_NUMBER: _builtins.int
     CONTENT_FIELD_NUMBER: _builtins.int
     role: _builtins.str
-    """"system", "user", "assistant", or whatever else the model's chat template knows."""
+    """"system", "developer", "user", "assistant" or "tool". Of these a model's chat template may refuse some."""
     content: _builtins.str
     def __init__(
         self,

@@ -51,14 +51,14 @@ class _InputType:
 class _InputTypeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_InputType.ValueType], _builtins.type):
     DESCRIPTOR: _descriptor.EnumDescriptor
     INPUT_TYPE_UNSPECIFIED: _InputType.ValueType  # 0
-    """No prefix."""
+    """The prefix that the model's files name as the default, for this and for a purpose without a prefix; else none."""
     INPUT_TYPE_QUERY: _InputType.ValueType  # 1
     INPUT_TYPE_DOCUMENT: _InputType.ValueType  # 2
 
 class InputType(_InputType, metaclass=_InputTypeEnumTypeWrapper): ...
 
 INPUT_TYPE_UNSPECIFIED: InputType.ValueType  # 0
-"""No prefix."""
+"""The prefix that the model's files name as the default, for this and for a purpose without a prefix; else none."""
 INPUT_TYPE_QUERY: InputType.ValueType  # 1
 INPUT_TYPE_DOCUMENT: InputType.ValueType  # 2
 Global___InputType: _TypeAlias = InputType  # noqa: Y015
@@ -84,7 +84,7 @@ class EmbedRequest(_message.Message):
     dimensions: _builtins.int
     """Keep the first so many dimensions (Matryoshka), before normalising. Default: all."""
     input_type: Global___InputType.ValueType
-    """Puts the prefix before texts that the model's files define for this purpose."""
+    """Puts the prefix before texts that the model's files define for this purpose. Token ids are taken as they are."""
     @_builtins.property
     def inputs(self) -> _containers.RepeatedCompositeFieldContainer[Global___EmbedInput]: ...
     @_builtins.property

@@ -152,7 +152,10 @@ class SamplingParams(_message.Message):
     max_tokens: _builtins.int
     """Completion tokens at most. Default: as many as the context holds."""
     min_tokens: _builtins.int
-    """End-of-sequence, stop tokens and stop strings cannot end a completion before this many tokens. Default: 0."""
+    """End-of-sequence, stop tokens and stop strings cannot end a completion before this many tokens. A stop string must
+    lie in the text of later tokens as a whole: one that begins in the text of these is text, as that is already sent.
+    Default: 0.
+    """
     temperature: _builtins.float
     """0 is greedy. Default: 1."""
     top_k: _builtins.int
