@@ -34,7 +34,9 @@ class Router(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x [T, D]: weights [T, K] in the type of x, and experts [T, K] int64."""
-        probs = widen(F.linear(x, self.weight)).softmax(dim=-1)
+        # A rounding can change which experts are chosen, so autocast must not narrow what decides it.
+        with torch.autocast(x.device.type, enabled=False):
+            probs = widen(F.linear(x.to(self.weight.dtype), self.weight)).softmax(dim=-1)
         weights, experts = probs.topk(self.top_k, dim=-1)
         if self.normalize:
             weights = weights / weights.sum(dim=-1, keepdim=True)

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from engine.errors import FormatError, ShapeError
 from engine.loading.checkpoint import Checkpoint
-from engine.loading.experts import StackedExperts, has_single_experts
 
 SHOWN_NAMES = 5
 
@@ -58,8 +57,6 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint, dtype: torch.dtype, d
         ShapeError: a tensor has another shape than its parameter.
     """
     wanted = _named_tensors(model)
-    if has_single_experts(checkpoint.names()):
-        checkpoint = StackedExperts(checkpoint)
     assert any(t.dtype == dtype for t in wanted.values()), f"the model was not built for {dtype}"
     sources = match_names(checkpoint.names(), wanted, encoder=checkpoint.config.task == "embed")
     if "lm_head.weight" not in wanted:

@@ -14,9 +14,20 @@ from engine.core.chunked import serving_logits
 from engine.core.memory import plan_cache
 from engine.engine import Engine
 from engine.errors import OutOfMemoryError
+from engine.jobs import (
+    JobEvent,
+    JobFailed,
+    JobSpec,
+    PerplexityFinished,
+    PerplexitySpec,
+    QuantizeFinished,
+    QuantizeSpec,
+    TrainFinished,
+)
 from engine.lora.adapter import Adapter, LoRABatch
 from engine.request import Request
 from tests.engine.test_generate import CONFIG, GREEDY, collect, make_engine, prompt, tokens
+from tests.training_runs import make_spec, random_examples
 
 
 @pytest.fixture(autouse=True)
@@ -28,7 +39,7 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def request(name: str, ids: list[int], **changes: object) -> Request:
+def request_of(name: str, ids: list[int], **changes: object) -> Request:
     sampling = dataclasses.replace(GREEDY, max_tokens=8)
     return dataclasses.replace(
         Request(request_id=name, model="tiny", prompt_token_ids=ids, sampling=sampling),
@@ -48,7 +59,7 @@ def test_a_prefix_hit_in_both_kinds_of_layer_changes_no_token(tiny_hybrid: Path,
     checkpoint, wherever the cuts of chunked prefill fell; each gives what it gives on a fresh engine."""
     ids = prompt(20, 100)
     engine = make_engine(tiny_hybrid, max_batch_tokens=budget, state_checkpoint_interval=5, num_threads=1)
-    first, cached = one(engine, request("first", ids))
+    first, cached = one(engine, request_of("first", ids))
     assert cached == 0
     follow_ups = [
         ("same", ids, 96),  # the checkpoint at the end of the prompt
@@ -59,9 +70,11 @@ def test_a_prefix_hit_in_both_kinds_of_layer_changes_no_token(tiny_hybrid: Path,
         ("little", ids[:19] + prompt(24, 3), 0),
     ]
     for name, follow_up, expected in follow_ups:
-        got, cached = one(engine, request(name, follow_up))
+        got, cached = one(engine, request_of(name, follow_up))
         assert cached == expected, name
-        fresh, _ = one(make_engine(tiny_hybrid, enable_prefix_caching=False, num_threads=1), request(name, follow_up))
+        fresh, _ = one(
+            make_engine(tiny_hybrid, enable_prefix_caching=False, num_threads=1), request_of(name, follow_up)
+        )
         assert got == fresh, name
 
 
@@ -73,7 +86,7 @@ def test_slots_limit_what_runs_and_are_reported(tiny_hybrid: Path) -> None:
     engine = make_engine(tiny_hybrid, kv_cache_bytes=10 * slot_bytes, num_threads=1)
     info = engine.models()[0]
     assert (info.num_slots, info.state_bytes) == (5, 5 * slot_bytes)
-    requests = [request(str(i), prompt(30 + i, 12)) for i in range(6)]
+    requests = [request_of(str(i), prompt(30 + i, 12)) for i in range(6)]
     for asked in requests:
         engine.add_request(asked)
     used = set()
@@ -103,7 +116,7 @@ def test_one_kind_of_layer_alone(tmp_path: Path, layer_types: list[str]) -> None
     info = engine.models()[0]
     assert (info.kv_cache_bytes == 0) == (layer_types[0] == "linear_attention")
     assert (info.num_slots == 0) == (layer_types[0] == "full_attention")
-    asked = request("a", prompt(40, 30))
+    asked = request_of("a", prompt(40, 30))
     first, _ = one(engine, asked)
     again, cached = one(engine, dataclasses.replace(asked, request_id="b"))
     assert first == again
@@ -159,3 +172,56 @@ def test_training_forward_is_serving_forward(kind: str, request: pytest.FixtureR
     for ours, served, base in zip(packed, serving_logits(loaded, sequences, adapter), plain, strict=True):
         torch.testing.assert_close(ours, served, atol=1e-4, rtol=1e-4)
         assert (served - base).abs().max() > 0.1, "an adapter that changes nothing proves nothing"
+
+
+@pytest.mark.parametrize("kind", ["tiny_hybrid", "tiny_moe"])
+def test_jobs_run_on_hybrids(kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    """A perplexity, a training run whose adapter then answers, and a quantized copy that is served."""
+    engine = make_engine(request.getfixturevalue(kind), num_threads=1, state_dir=str(tmp_path / "state"))
+
+    def finished(spec: JobSpec) -> JobEvent:
+        engine.start_job(spec)
+        events: list[JobEvent] = []
+        while engine.has_jobs():
+            events += engine.advance_jobs()
+        assert not isinstance(events[-1], JobFailed), events[-1]
+        return events[-1]
+
+    scored = finished(PerplexitySpec(job_id="p", model="tiny", token_ids=prompt(60, 120), window=50, stride=20))
+    assert isinstance(scored, PerplexityFinished)
+    with torch.no_grad():
+        logits = serving_logits(engine._models["tiny"], [prompt(60, 120)[:50]])[0].log_softmax(-1)
+    first_window = -logits[:-1].gather(1, torch.tensor(prompt(60, 120)[1:50])[:, None]).sum().item()
+    assert 0 < first_window < scored.nll * scored.num_tokens
+    trained = finished(make_spec(tmp_path, random_examples([10, 40, 20, 33]), learning_rate=2e-2, max_steps=8))
+    assert isinstance(trained, TrainFinished)
+    asked = Request(request_id="base", model="tiny", prompt_token_ids=prompt(61, 20), sampling=GREEDY)
+    plain, _ = one(engine, asked)
+    tuned, cached = one(engine, dataclasses.replace(asked, request_id="tuned", adapter="tone"))
+    assert cached == 0, "the base's states are no prefix of the adapter's"
+    assert tuned != plain
+    spec = QuantizeSpec(
+        job_id="q",
+        model="tiny",
+        scheme="q8",
+        output_dir=str(tmp_path / "q8"),
+        output_name="small",
+        eval_token_ids=prompt(62, 60),
+    )
+    report = finished(spec)
+    assert isinstance(report, QuantizeFinished)
+    assert engine.models()[-1].name == "small"
+    assert len(one(engine, dataclasses.replace(asked, request_id="small", model="small"))[0]) == 24
+
+
+def test_bfloat16(tiny_hybrid: Path) -> None:
+    """States stay in float32 beside a narrow model, and a batch gives what each request gives alone."""
+    engine = make_engine(tiny_hybrid, dtype="bfloat16", num_threads=1)
+    states = engine._models["tiny"].runner._states  # type: ignore[union-attr]
+    assert states is not None
+    assert {t.dtype for t in (*states.windows, *states.matrices)} == {torch.float32}
+    requests = [request_of(f"r{i}", prompt(70 + i, 15 + i)) for i in range(3)]
+    outputs = collect(engine, requests)
+    for asked in requests:
+        alone = one(make_engine(tiny_hybrid, dtype="bfloat16", num_threads=1), asked)[0]
+        assert tokens(outputs[asked.request_id])[:2] == alone[:2], "later ones may part, where two logits round alike"
