@@ -190,6 +190,7 @@ async def test_a_full_disk_fails_the_run_and_nothing_else(pool: WorkerPool, data
     last = events[-1]
     assert isinstance(last, JobFailed), last
     assert "File too large" in last.error_message
+    assert (last.error_code, last.error_reason) == ("resource_exhausted", "DISK_FULL")
     assert not [path for path in (run_dir / "checkpoints").iterdir() if path.name.startswith("step-")]
     assert len(await stream) == 1000
 
