@@ -170,6 +170,9 @@ def test_every_layer(tmp_path: Path, kind: str) -> None:
         reference: Any = prepared(Qwen3_5ForCausalLM(Qwen3_5TextConfig(**DENSE)), 6)
     else:
         reference = prepared(Qwen3_5MoeForCausalLM(Qwen3_5MoeTextConfig(**MOE)), 6)
+    for parameter in reference.parameters():
+        if parameter.dim() > 1:
+            parameter.mul_(0.5)  # else the residual stream grows to tens within four layers, and rounding with it
     model = through_our_loader(reference, tmp_path)
     assert isinstance(model, CausalLM)
     sequences = token_ids(LENGTHS, 97)
@@ -194,5 +197,4 @@ def test_every_layer(tmp_path: Path, kind: str) -> None:
     for name in [f"{i}{suffix}" for i in range(4) for suffix in ("", ".self_attn" if i == 3 else ".linear_attn")]:
         ours, theirs = seen[f"ours.{name}"][0], torch.cat(seen[f"theirs.{name}"])
         assert theirs.std() > 0.01, name
-        # Relative to their spread: the residual stream of random weights grows with depth, and rounding with it.
-        assert (ours - theirs).abs().max() < TOLERANCE * max(1.0, theirs.std().item()), name
+        assert (ours - theirs).abs().max() < TOLERANCE, name
