@@ -34,6 +34,54 @@ class RopeConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LinearAttentionConfig:
+    """Gated delta-net layers.
+
+    Attributes:
+        num_key_heads: of queries and keys; each serves num_value_heads / num_key_heads value heads.
+        conv_width: taps of the causal convolution over queries, keys and values.
+    """
+
+    num_key_heads: int
+    num_value_heads: int
+    key_head_dim: int
+    value_head_dim: int
+    conv_width: int
+
+    @property
+    def key_dim(self) -> int:
+        """Width of all keys of a token."""
+        return self.num_key_heads * self.key_head_dim
+
+    @property
+    def value_dim(self) -> int:
+        """Width of all values of a token."""
+        return self.num_value_heads * self.value_head_dim
+
+    @property
+    def conv_dim(self) -> int:
+        """Channels of the convolution: queries, keys and values."""
+        return 2 * self.key_dim + self.value_dim
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MoEConfig:
+    """Mixture of experts in place of the MLP.
+
+    Attributes:
+        intermediate_size: width of one routed expert.
+        shared_intermediate_size: width of the expert that every token takes.
+        normalize_top_k: the weights of a token's chosen experts sum to 1.
+    """
+
+    num_experts: int
+    num_experts_per_token: int
+    intermediate_size: int
+    shared_intermediate_size: int
+    normalize_top_k: bool = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
     """The shape of one model.
 
@@ -47,6 +95,9 @@ class ModelConfig:
         attn_logit_softcapping, final_logit_softcapping: tanh caps; None: none.
         sliding_window: tokens a sliding layer sees, itself included; None if there is no such layer.
         embedding_multiplier: multiplies token embeddings (Gemma: sqrt(hidden_size)).
+        attention_output_gate: q_proj gives a gate beside each query; its sigmoid multiplies the attention's output.
+        linear_attention: of "linear_attention" layers; None if there are none.
+        moe: None: a dense MLP.
         eos_token_ids: any of them ends a completion.
         quantization_config: ``quantization_config`` of config.json as read, or None.
         raw: the whole of config.json, or what GGUF metadata gave in its place.
@@ -75,6 +126,9 @@ class ModelConfig:
     final_logit_softcapping: float | None = None
     sliding_window: int | None = None
     embedding_multiplier: float = 1.0
+    attention_output_gate: bool = False
+    linear_attention: LinearAttentionConfig | None = None
+    moe: MoEConfig | None = None
     tie_word_embeddings: bool = False
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
@@ -96,9 +150,11 @@ class EngineConfig:
         max_running_requests: completions that decode together.
         max_waiting_requests: completions that may queue; beyond it add_request raises OverloadedError.
         max_model_len: longest context to serve; None: the model's own.
-        kv_cache_bytes: of attention cache per model; None: planned from free memory.
+        kv_cache_bytes: of attention cache per model, recurrent states included; None: planned from free memory.
         block_size: tokens of one attention cache block.
         enable_prefix_caching: share blocks among equal prefixes.
+        state_checkpoint_interval: blocks between the checkpoints of recurrent state that prefixes are shared from,
+            besides the one at the end of each prompt; 0: only those.
         job_slice_seconds: target duration of a slice of a job while requests are running.
         job_share: fraction of the loop's time that jobs may take while requests are running, (0, 1].
         state_dir: adapters, checkpoints and quantized models live below it.
@@ -114,6 +170,7 @@ class EngineConfig:
     kv_cache_bytes: int | None = None
     block_size: int = 16
     enable_prefix_caching: bool = True
+    state_checkpoint_interval: int = 64
     job_slice_seconds: float = 0.05
     job_share: float = 0.5
     state_dir: str = ""

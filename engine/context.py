@@ -38,6 +38,34 @@ class PagedCache:
 
 
 @dataclass(slots=True)
+class RecurrentStates:
+    """What recurrent layers carry from step to step, in slots; slot 0 is never a sequence's.
+
+    Attributes:
+        windows: one tensor per recurrent layer, [slots, W - 1, C] float32: the last inputs of its convolution.
+        matrices: one per recurrent layer, [slots, H_v, K, V] float32. Both written in place.
+    """
+
+    windows: list[Tensor]
+    matrices: list[Tensor]
+
+    def copy(self, source: int, target: int) -> None:
+        """Slot ``target`` becomes a copy of ``source``, in all layers."""
+        for tensor in (*self.windows, *self.matrices):
+            tensor[target].copy_(tensor[source])
+
+
+@dataclass(frozen=True, slots=True)
+class StateSave:
+    """A state to keep on the way: that of sequence ``row`` of the batch after its first ``num_tokens`` new tokens, at
+    least 1, into ``slot``."""
+
+    row: int
+    num_tokens: int
+    slot: int
+
+
+@dataclass(slots=True)
 class ForwardContext:
     """One packed batch.
 
@@ -52,6 +80,9 @@ class ForwardContext:
         cache: None: no cache is read or written.
         block_tables: [S, max blocks] int32, the blocks of each sequence in order; padded with 0.
         slot_mapping: [T] int64, block * P + offset of each token.
+        states: of recurrent layers; with it, each sequence goes on from its slot, or from nothing if it has no past.
+        state_slots: per sequence, its slot.
+        state_saves: states to keep on the way.
         lora: adapters of the batch, or None.
         causal: False for encoders.
     """
@@ -63,6 +94,9 @@ class ForwardContext:
     cache: PagedCache | None = None
     block_tables: Tensor | None = None
     slot_mapping: Tensor | None = None
+    states: RecurrentStates | None = None
+    state_slots: Sequence[int] = ()
+    state_saves: Sequence[StateSave] = ()
     lora: LoRADelta | None = None
     causal: bool = True
     # Index tensors and masks that every attention layer of one forward needs; made by the first that does.

@@ -17,6 +17,8 @@ class ModelInfo:
         weights_bytes: resident bytes of weights.
         max_model_len: longest context that is served, tokens.
         num_blocks, block_size: of the attention cache; 0 where there is none.
+        num_slots: of recurrent state, for sequences and checkpoints; 0 where there is none.
+        kv_cache_bytes: of the attention cache. state_bytes: of the recurrent states.
         linear_modules: last name components that LoRA may target.
         weights_digest: identifies the base weights, for adapter lineage.
         tokenizer_path: directory or .gguf file that holds tokenizer and chat template.
@@ -44,6 +46,8 @@ class ModelInfo:
     embedding_dimensions: int
     device: str
     load_seconds: float = 0.0
+    num_slots: int = 0
+    state_bytes: int = 0
 
 
 @dataclass(slots=True, kw_only=True)

@@ -332,6 +332,8 @@ def to_model(
             num_blocks=info.num_blocks,
             block_size=info.block_size,
             kv_cache_bytes=info.kv_cache_bytes,
+            num_slots=info.num_slots,
+            state_bytes=info.state_bytes,
             linear_modules=info.linear_modules,
             weights_digest=info.weights_digest,
             embedding_dimensions=info.embedding_dimensions,

@@ -100,7 +100,7 @@ def whet_families(snapshot: Snapshot) -> Iterator[Family]:
     for model in snapshot.models:
         weights.add_metric([model.name], model.weights_bytes)
         if model.num_blocks:
-            cache.add_metric([model.name, str(model.block_size), str(model.num_blocks), "0"], 1)
+            cache.add_metric([model.name, str(model.block_size), str(model.num_blocks), str(model.num_slots)], 1)
     adapters = GaugeMetricFamily("whet_adapter_info", "1 while live.", labels=["model", "adapter", "version"])
     for adapter in snapshot.adapters:
         if adapter.live and adapter.loaded:

@@ -31,6 +31,8 @@ def from_model(model: model_pb2.Model) -> ModelInfo:
         num_blocks=model.num_blocks,
         block_size=model.block_size,
         kv_cache_bytes=model.kv_cache_bytes,
+        num_slots=model.num_slots,
+        state_bytes=model.state_bytes,
         linear_modules=list(model.linear_modules),
         weights_digest=model.weights_digest,
         embedding_dimensions=model.embedding_dimensions,

@@ -272,6 +272,7 @@ class ModelInfo:
         quantization: how its linear weights are stored: "none", "q8", "q4", …
         weights_bytes: resident.
         max_model_len: longest context that is served, tokens.
+        num_slots, state_bytes: of recurrent state; 0 for models without.
         linear_modules: last name components that LoRA may target.
         weights_digest: identifies the base weights.
         has_chat_template: it can be given chat messages.
@@ -293,6 +294,8 @@ class ModelInfo:
     num_blocks: int | None = None
     block_size: int | None = None
     kv_cache_bytes: int | None = None
+    num_slots: int | None = None
+    state_bytes: int | None = None
     linear_modules: list[str] | None = None
     weights_digest: str | None = None
     embedding_dimensions: int | None = None

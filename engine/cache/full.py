@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from engine.cache.base import CachedSequence, CacheManager
 from engine.cache.block_pool import BlockPool
-from engine.cache.prefix import block_hash
+from engine.cache.prefix import block_hash as hash_block
 from engine.errors import InvalidArgumentError
 
 
@@ -37,7 +37,7 @@ class FullAttentionManager(CacheManager):
         if not self._enable_prefix_caching:
             return 0
         for index in range((len(sequence.token_ids) - 1) // self.block_size):
-            block = self.pool.lookup(self._block_hash(sequence, index))
+            block = self.pool.lookup(self.block_hash(sequence, index))
             if block is None:
                 break
             self.pool.acquire(block)
@@ -59,7 +59,7 @@ class FullAttentionManager(CacheManager):
         sequence.num_computed_tokens = after
         if self._enable_prefix_caching:
             for index in range(before // self.block_size, after // self.block_size):
-                self.pool.register(sequence.block_table[index], self._block_hash(sequence, index))
+                self.pool.register(sequence.block_table[index], self.block_hash(sequence, index))
 
     def rollback(self, sequence: CachedSequence, num_tokens: int) -> int:
         before = sequence.num_computed_tokens
@@ -110,11 +110,11 @@ class FullAttentionManager(CacheManager):
     def shares_prefixes(self) -> bool:
         return self._enable_prefix_caching
 
-    def _block_hash(self, sequence: CachedSequence, index: int) -> bytes:
+    def block_hash(self, sequence: CachedSequence, index: int) -> bytes:
         """Hash of full block ``index``; extends the chain that the sequence carries, so each is computed once."""
         hashes = sequence.block_hashes
         while len(hashes) <= index:
             start = len(hashes) * self.block_size
             parent = hashes[-1] if hashes else sequence.prefix_root
-            hashes.append(block_hash(parent, sequence.token_ids[start : start + self.block_size]))
+            hashes.append(hash_block(parent, sequence.token_ids[start : start + self.block_size]))
         return hashes[index]

@@ -11,7 +11,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from engine.context import ForwardContext, PagedCache
+from engine.context import ForwardContext, PagedCache, RecurrentStates, StateSave
 from engine.lora.adapter import Adapter, LoRABatch
 
 
@@ -22,6 +22,10 @@ def pack(
     adapters: Seq[Adapter | None],
     cache: PagedCache,
     device: torch.device,
+    *,
+    states: RecurrentStates | None = None,
+    state_slots: Seq[int] = (),
+    state_saves: Seq[StateSave] = (),
 ) -> tuple[Tensor, ForwardContext]:
     """One step's input.
 
@@ -30,6 +34,7 @@ def pack(
         computed: per sequence, how many of its tokens the cache already holds.
         block_tables: per sequence, blocks that hold all its tokens, the new ones included.
         adapters: per sequence; equal neighbours share one low-rank product.
+        states, state_slots, state_saves: see ForwardContext; for models with recurrent layers.
     Returns: token ids [T] int64 and the context.
     """
     starts = [0]
@@ -54,6 +59,9 @@ def pack(
         cache=cache,
         block_tables=torch.tensor(tables, dtype=torch.int32, device=device),
         slot_mapping=torch.tensor(slots, dtype=torch.int64, device=device),
+        states=states,
+        state_slots=state_slots,
+        state_saves=state_saves,
         lora=lora_batch(adapters, starts),
         scratch={},
     )

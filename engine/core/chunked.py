@@ -15,7 +15,7 @@ from torch import Tensor
 
 from engine.core.batch import pack
 from engine.core.loaded import LoadedModel
-from engine.core.memory import make_cache
+from engine.core.memory import make_cache, make_states
 from engine.lora.adapter import Adapter
 from engine.models.base import CausalLM
 
@@ -41,6 +41,8 @@ def chunked_hidden(
     cache = make_cache(
         model.config, model.num_attention_layers, 1 + sum(counts), block_size, parameter.device, model.compute_dtype
     )
+    layers = model.num_recurrent_layers
+    recurrent = make_states(model.config, layers, 1 + len(sequences), parameter.device) if layers else None
     tables, next_block = [], 1
     for count in counts:
         tables.append(list(range(next_block, next_block + count)))
@@ -60,6 +62,8 @@ def chunked_hidden(
             [adapter] * len(chunk),
             cache,
             parameter.device,
+            states=recurrent,
+            state_slots=[1 + s for s, _ in chunk] if layers else (),
         )
         with torch.no_grad():
             hidden = model(token_ids, ctx)

@@ -9,7 +9,7 @@ import torch
 
 from engine.config import EngineConfig
 from engine.core.loaded import LoadedModel
-from engine.core.memory import make_cache, plan_num_blocks
+from engine.core.memory import make_cache, make_states, plan_cache
 from engine.core.runner import Runner
 from engine.errors import OutOfMemoryError
 from engine.info import ModelInfo
@@ -54,21 +54,38 @@ def load_model(
         adapters=AdapterStore(name, root, model, device=device, base_digest=info.weights_digest),
     )
     if isinstance(model, CausalLM):
-        layers = model.num_attention_layers
-        num_blocks = plan_num_blocks(config, engine_config, layers, info.max_model_len, device, dtype)
-        cache = make_cache(config, layers, num_blocks, engine_config.block_size, device, dtype)
-        loaded.runner = Runner(loaded, model, cache)
-        info.num_blocks = num_blocks
+        layers, recurrent = model.num_attention_layers, model.num_recurrent_layers
+        plan = plan_cache(config, engine_config, layers, recurrent, info.max_model_len, device, dtype)
+        cache = make_cache(config, layers, plan.num_blocks, engine_config.block_size, device, dtype)
+        states = make_states(config, recurrent, plan.num_slots, device) if recurrent else None
+        loaded.runner = Runner(loaded, model, cache, plan, states)
+        info.num_blocks = plan.num_blocks
         info.block_size = engine_config.block_size
+        info.num_slots = plan.num_slots
+        if states is not None:
+            info.state_bytes = sum(t.numel() * t.element_size() for t in (*states.windows, *states.matrices))
         info.kv_cache_bytes = sum(t.numel() * t.element_size() for t in (*cache.keys, *cache.values))
         # One sequence can never hold more than the whole pool.
-        info.max_model_len = min(info.max_model_len, (num_blocks - 1) * engine_config.block_size)
+        info.max_model_len = min(info.max_model_len, (plan.num_blocks - 1) * engine_config.block_size)
     info.load_seconds = time.monotonic() - begin
     return loaded
 
 
 def _max_model_len(model: Model, engine_config: EngineConfig) -> int:
     return min(model.max_input_tokens, engine_config.max_model_len or model.max_input_tokens)
+
+
+def _num_parameters(model: Model) -> int:
+    """Of the model as trained, however narrow its linears are stored."""
+    total = 0
+    for module in model.modules():
+        if isinstance(module, Linear | Embedding):
+            total += module.in_features * module.out_features
+            bias = getattr(module, "bias", None)
+            total += 0 if bias is None else bias.numel()
+        else:
+            total += sum(p.numel() for p in module.parameters(recurse=False))
+    return total
 
 
 def _info(
@@ -90,8 +107,7 @@ def _info(
         task=config.task,
         dtype=str(dtype).removeprefix("torch."),
         quantization="+".join(sorted(schemes)) or "none",
-        num_parameters=sum(m.in_features * m.out_features for m in model.modules() if isinstance(m, Linear | Embedding))
-        + sum(p.numel() for p in model.parameters() if p.dim() == 1),
+        num_parameters=_num_parameters(model),
         weights_bytes=sum(t.numel() * t.element_size() for t in tensors.values()),
         vocab_size=config.vocab_size,
         hidden_size=config.hidden_size,

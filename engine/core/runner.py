@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 
 from engine.cache.full import FullAttentionManager
-from engine.context import PagedCache
+from engine.cache.hybrid import HybridManager
+from engine.context import PagedCache, RecurrentStates, StateSave
 from engine.core.batch import pack
 from engine.core.failures import as_engine_error
 from engine.core.loaded import LoadedModel
+from engine.core.memory import CachePlan
 from engine.core.scheduler import ScheduledBatch, ScheduledSequence, Scheduler
 from engine.core.sequence import Sequence, new_sequences
 from engine.errors import EngineError, InternalError, InvalidArgumentError
@@ -37,21 +39,42 @@ class Runner:
         loaded: the model and its adapters.
         model: its CausalLM.
         cache: its attention cache.
+        plan: what the cache consists of.
+        states: of its recurrent layers; None if it has none.
     """
 
-    def __init__(self, loaded: LoadedModel, model: CausalLM, cache: PagedCache) -> None:
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        model: CausalLM,
+        cache: PagedCache,
+        plan: CachePlan,
+        states: RecurrentStates | None = None,
+    ) -> None:
         config = loaded.engine_config
         self._loaded = loaded
         self._model = model
         self._cache = cache
-        self._manager = FullAttentionManager(
-            cache.keys[0].shape[0], cache.block_size, enable_prefix_caching=config.enable_prefix_caching
-        )
+        self._states = states
+        self._manager: FullAttentionManager | HybridManager
+        if states is None:
+            self._manager = FullAttentionManager(
+                plan.num_blocks, cache.block_size, enable_prefix_caching=config.enable_prefix_caching
+            )
+        else:
+            self._manager = HybridManager(
+                plan.num_blocks,
+                cache.block_size,
+                plan.num_slots,
+                plan.max_sequences,
+                checkpoint_interval=config.state_checkpoint_interval,
+                enable_prefix_caching=config.enable_prefix_caching,
+            )
         self._scheduler = Scheduler(
             loaded.info.name,
             self._manager,
             max_batch_tokens=config.max_batch_tokens,
-            max_running=config.max_running_requests,
+            max_running=plan.max_sequences,
             max_waiting=config.max_waiting_requests,
             max_model_len=loaded.info.max_model_len,
         )
@@ -135,6 +158,7 @@ class Runner:
         # Sequences of one adapter side by side, so that each adapter is one segment.
         entries.sort(key=lambda e: (e.sequence.adapter_version or 0, id(e.sequence.adapter)))
         sequences = [entry.sequence for entry in entries]
+        slots, saves = self._prepare_states(sequences)
         token_ids, ctx = pack(
             [s.token_ids[s.num_computed_tokens : s.num_computed_tokens + e.num_tokens] for e, s in _pairs(entries)],
             [s.num_computed_tokens for s in sequences],
@@ -142,6 +166,9 @@ class Runner:
             [s.adapter for s in sequences],
             self._cache,
             self._loaded.device,
+            states=self._states,
+            state_slots=slots,
+            state_saves=saves,
         )
         hidden = self._model(token_ids, ctx)
         for row, entry in enumerate(entries):
@@ -158,6 +185,20 @@ class Runner:
             if logprob is not None:
                 sequence.logprobs.append(logprob)
         return {id(s): sampled.errors.get(i, sampled.token_ids[i]) for i, s in enumerate(ended)}
+
+    def _prepare_states(self, sequences: Seq[Sequence]) -> tuple[list[int], list[StateSave]]:
+        """Brings recurrent states to where their sequences go on. Returns a slot per sequence, and states to keep."""
+        if self._states is None:
+            return [], []
+        assert isinstance(self._manager, HybridManager)
+        for source, target in self._manager.slots.take_copies():
+            self._states.copy(source, target)
+        saves = [
+            StateSave(row, position - sequence.num_computed_tokens, slot)
+            for row, sequence in enumerate(sequences)
+            for position, slot in self._manager.planned_states(sequence)
+        ]
+        return [self._manager.state_slot(sequence) for sequence in sequences], saves
 
     def _score_prompt(self, entry: ScheduledSequence, hidden: Tensor) -> None:
         """Adds the logprobs of the prompt tokens that this chunk's positions predict. hidden: [n, D] of the chunk."""
@@ -257,6 +298,7 @@ class Runner:
             requests_waiting=scheduler.num_waiting,
             requests_running=scheduler.num_running,
             kv_cache_usage_ratio=self._manager.usage,
+            state_slots_used=self._manager.slots.num_holding if isinstance(self._manager, HybridManager) else 0,
             prefix_cache_queries_tokens=scheduler.stats.prefix_queries_tokens,
             prefix_cache_hits_tokens=scheduler.stats.prefix_hits_tokens,
             preemptions=scheduler.stats.preemptions,

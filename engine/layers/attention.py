@@ -22,6 +22,9 @@ class Attention(nn.Module):
         layer_index: index in the attention cache.
         window: tokens a query sees, itself included; None: all.
         shifted_norms: q_norm and k_norm multiply by 1 + weight.
+
+    With ``config.attention_output_gate``, q_proj gives [query | gate] for each head, and the output of attention is
+    multiplied by sigmoid(gate) before o_proj (arXiv:2505.06708).
     """
 
     def __init__(
@@ -43,7 +46,9 @@ class Attention(nn.Module):
 
         q_size = config.num_attention_heads * config.head_dim
         kv_size = config.num_key_value_heads * config.head_dim
-        self.q_proj = linear("q_proj", config.hidden_size, q_size, config.attention_bias)
+        self.output_gate = config.attention_output_gate
+        q_out = 2 * q_size if self.output_gate else q_size
+        self.q_proj = linear("q_proj", config.hidden_size, q_out, config.attention_bias)
         self.k_proj = linear("k_proj", config.hidden_size, kv_size, config.attention_bias)
         self.v_proj = linear("v_proj", config.hidden_size, kv_size, config.attention_bias)
         self.o_proj = linear("o_proj", q_size, config.hidden_size, config.attention_out_bias)
@@ -61,11 +66,17 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, ctx: ForwardContext, cos: Tensor, sin: Tensor) -> Tensor:
         """x [T, D] and the rotation's cos and sin [T, R]: [T, D]."""
         num_tokens = x.shape[0]
-        q = self.q_proj(x, ctx).view(num_tokens, -1, self.head_dim)
+        gate: Tensor | None = None
+        if self.output_gate:
+            q, gate = self.q_proj(x, ctx).view(num_tokens, -1, 2 * self.head_dim).chunk(2, dim=-1)
+        else:
+            q = self.q_proj(x, ctx).view(num_tokens, -1, self.head_dim)
         k = self.k_proj(x, ctx).view(num_tokens, -1, self.head_dim)
         v = self.v_proj(x, ctx).view(num_tokens, -1, self.head_dim)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
         out = attention(q, k, v, ctx, self.layer_index, scale=self.scale, window=self.window, softcap=self.softcap)
+        if gate is not None:
+            out = out * gate.sigmoid()
         return self.o_proj(out.reshape(num_tokens, -1), ctx)  # type: ignore[no-any-return]

@@ -43,10 +43,20 @@ class GatedMLP(nn.Module):
 
     Args:
         name: full module name, prefix of the projections' names.
+        intermediate_size: None: the model's.
     """
 
-    def __init__(self, config: ModelConfig, name: str, schemes: SchemeMap, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        name: str,
+        schemes: SchemeMap,
+        dtype: torch.dtype,
+        *,
+        intermediate_size: int | None = None,
+    ) -> None:
         super().__init__()
+        width = config.intermediate_size if intermediate_size is None else intermediate_size
 
         def linear(suffix: str, in_features: int, out_features: int) -> Linear:
             full = f"{name}.{suffix}"
@@ -59,9 +69,9 @@ class GatedMLP(nn.Module):
                 dtype=dtype,
             )
 
-        self.gate_proj = linear("gate_proj", config.hidden_size, config.intermediate_size)
-        self.up_proj = linear("up_proj", config.hidden_size, config.intermediate_size)
-        self.down_proj = linear("down_proj", config.intermediate_size, config.hidden_size)
+        self.gate_proj = linear("gate_proj", config.hidden_size, width)
+        self.up_proj = linear("up_proj", config.hidden_size, width)
+        self.down_proj = linear("down_proj", width, config.hidden_size)
         self.act = activation(config.hidden_act)
 
     def forward(self, x: Tensor, ctx: ForwardContext) -> Tensor:

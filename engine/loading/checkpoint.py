@@ -72,9 +72,11 @@ def open_checkpoint(path: Path) -> Checkpoint:
         from engine.loading.gguf_checkpoint import GGUFCheckpoint
 
         return GGUFCheckpoint(resolved)
+    from engine.loading.experts import StackedExperts, has_single_experts
     from engine.loading.safetensors_checkpoint import SafetensorsCheckpoint
 
-    return SafetensorsCheckpoint(resolved)
+    checkpoint = SafetensorsCheckpoint(resolved)
+    return StackedExperts(checkpoint) if has_single_experts(checkpoint.names()) else checkpoint
 
 
 def content_digest(files: Iterable[tuple[str, memoryview, int]]) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from engine.config import LayerType, ModelConfig, RopeConfig
+from engine.config import LayerType, LinearAttentionConfig, ModelConfig, MoEConfig, RopeConfig
 from engine.loading.fields import Fields, read_json
 
 MAX_LAYERS = 1024
@@ -20,6 +20,8 @@ MAX_VOCAB = 1 << 24
 MAX_HEADS = 4096
 MAX_HEAD_DIM = 4096
 MAX_CONTEXT = 1 << 30
+MAX_EXPERTS = 4096
+MAX_CONV_WIDTH = 64
 
 ROPE_PARAMETERS: Mapping[str, tuple[str, ...]] = {
     "default": (),
@@ -71,14 +73,16 @@ def model_config(raw: Mapping[str, Any], source: str, *, generation: Mapping[str
     fields = Fields(raw, source)
     model_type = fields.string("model_type")
     values: Mapping[str, Any] = raw
-    if model_type == "gemma3" and isinstance(raw.get("text_config"), dict):
+    if model_type in _MULTIMODAL and isinstance(raw.get("text_config"), dict):
         # The multimodal wrapper keeps the language model's values one level down, ids and quantization above.
         outer = {k: raw[k] for k in ("eos_token_id", "bos_token_id", "pad_token_id", "quantization_config") if k in raw}
         values = {**outer, **raw["text_config"]}
-        model_type = "gemma3_text"
+        if model_type != "gemma3" and "tie_word_embeddings" in raw:
+            values["tie_word_embeddings"] = raw["tie_word_embeddings"]  # the wrapper ties, and so its word counts
+        model_type = _MULTIMODAL[model_type]
     family = _FAMILIES.get(model_type)
     if family is None:
-        fields.reject("model_type", model_type, ", ".join(sorted([*_FAMILIES, "gemma3"])))
+        fields.reject("model_type", model_type, ", ".join(sorted([*_FAMILIES, *_MULTIMODAL])))
     given = family(Fields(values, source), model_type)
     vocab_size: int = given["vocab_size"]
     eos = Fields(values, source).token_ids("eos_token_id", vocab_size)
@@ -189,6 +193,65 @@ def _gemma3_text(f: Fields, model_type: str) -> dict[str, Any]:
     }
 
 
+def _qwen3_5(f: Fields, model_type: str) -> dict[str, Any]:
+    """The hybrid family; the mixture of experts differs by its MLP alone."""
+    if not f.boolean("attn_output_gate", True):
+        f.reject("attn_output_gate", False, "true")
+    moe = _qwen3_5_moe(f) if model_type == "qwen3_5_moe_text" else None
+    assumed = {"head_dim": 256} if moe is None else {"head_dim": 256, "intermediate_size": moe.intermediate_size}
+    heads = (16, 4) if moe is None else (16, 2)
+    common = _decoder(Fields({**assumed, **f.values}, f.source), heads=heads[0], kv_heads=heads[1])
+    interval = f.integer("full_attention_interval", 4, high=MAX_LAYERS)
+    default: list[LayerType] = [
+        "linear_attention" if (i + 1) % interval else "full_attention" for i in range(common["num_hidden_layers"])
+    ]
+    layer_types = _layer_types(f, default, None, accepted=("full_attention", "linear_attention"))
+    max_position = f.integer("max_position_embeddings", 32768, high=MAX_CONTEXT)
+    biased = f.boolean("attention_bias", False)
+    rope = _rope(Fields({"partial_rotary_factor": 0.25, **f.values}, f.source), ("full_attention",), max_position)
+    return {
+        **common,
+        "vocab_size": f.integer("vocab_size", 248320, high=MAX_VOCAB),
+        "max_position_embeddings": max_position,
+        "layer_types": layer_types,
+        "rope": rope,
+        "attention_bias": biased,
+        "attention_out_bias": biased,
+        "qk_norm": True,
+        "attention_output_gate": True,
+        "linear_attention": _linear_attention(f),
+        "moe": moe,
+        "tie_word_embeddings": f.boolean("tie_word_embeddings", False),
+    }
+
+
+def _linear_attention(f: Fields) -> LinearAttentionConfig:
+    num_key_heads = f.integer("linear_num_key_heads", 16, high=MAX_HEADS)
+    num_value_heads = f.integer("linear_num_value_heads", 32, high=MAX_HEADS)
+    if num_value_heads % num_key_heads:
+        f.reject("linear_num_value_heads", num_value_heads, f"a multiple of linear_num_key_heads ({num_key_heads})")
+    return LinearAttentionConfig(
+        num_key_heads=num_key_heads,
+        num_value_heads=num_value_heads,
+        key_head_dim=f.integer("linear_key_head_dim", 128, high=MAX_HEAD_DIM),
+        value_head_dim=f.integer("linear_value_head_dim", 128, high=MAX_HEAD_DIM),
+        conv_width=f.integer("linear_conv_kernel_dim", 4, low=2, high=MAX_CONV_WIDTH),
+    )
+
+
+def _qwen3_5_moe(f: Fields) -> MoEConfig:
+    if f.values.get("mlp_only_layers"):
+        f.reject("mlp_only_layers", f.values["mlp_only_layers"], "no layers: each has its experts")
+    num_experts = f.integer("num_experts", 256, high=MAX_EXPERTS)
+    return MoEConfig(
+        num_experts=num_experts,
+        num_experts_per_token=f.integer("num_experts_per_tok", 8, high=num_experts),
+        intermediate_size=f.integer("moe_intermediate_size", 512, high=MAX_WIDTH),
+        shared_intermediate_size=f.integer("shared_expert_intermediate_size", 512, high=MAX_WIDTH),
+        normalize_top_k=f.boolean("norm_topk_prob", True),
+    )
+
+
 def _encoder(f: Fields, model_type: str) -> dict[str, Any]:
     """BERT and its siblings: learned positions (or relative ones, for MPNet), biases everywhere, LayerNorm."""
     if f.string("position_embedding_type", "absolute") != "absolute":
@@ -224,12 +287,14 @@ def _encoder(f: Fields, model_type: str) -> dict[str, Any]:
     }
 
 
-def _layer_types(f: Fields, default: list[LayerType], window: int | None) -> tuple[LayerType, ...]:
+def _layer_types(
+    f: Fields, default: list[LayerType], window: int | None, accepted: tuple[LayerType, ...] = LAYER_TYPES
+) -> tuple[LayerType, ...]:
     value = f.values.get("layer_types")
     if value is None:
         return tuple(default)
-    if not isinstance(value, list) or len(value) != len(default) or any(v not in LAYER_TYPES for v in value):
-        f.reject("layer_types", value, f"{len(default)} entries, each of {', '.join(LAYER_TYPES)}")
+    if not isinstance(value, list) or len(value) != len(default) or any(v not in accepted for v in value):
+        f.reject("layer_types", value, f"{len(default)} entries, each of {', '.join(accepted)}")
     if "sliding_attention" in value and window is None:
         f.reject("sliding_window", None, "a window, because layer_types has sliding_attention")
     return tuple(value)
@@ -304,8 +369,12 @@ def _rope_config(values: Fields, f: Fields, theta: float, partial: float, max_po
 _FAMILIES: dict[str, Callable[[Fields, str], dict[str, Any]]] = {
     **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), _llama),
     "gemma3_text": _gemma3_text,
+    **dict.fromkeys(("qwen3_5_text", "qwen3_5_moe_text"), _qwen3_5),
     **dict.fromkeys(("bert", "roberta", "xlm-roberta", "distilbert", "mpnet"), _encoder),
 }
+
+_MULTIMODAL = {"gemma3": "gemma3_text", "qwen3_5": "qwen3_5_text", "qwen3_5_moe": "qwen3_5_moe_text"}
+"""Types with a nested ``text_config``, and that of their language model, which is all that is loaded."""
 
 
 def supported_model_types() -> tuple[str, ...]:

@@ -30,7 +30,8 @@ _IGNORED = re.compile(
     r"(.*\.)?rotary_emb\.inv_freq|(.*\.)?position_ids|(.*\.)?masked_bias"
     r"|mtp\..*|(model\.)?(vision_tower|multi_modal_projector|visual)\..*"
 )
-"""Buffers that are computed, and parts of a checkpoint that the language model does not have."""
+"""Buffers that are computed, and parts of a checkpoint that the language model does not have: towers of other
+modalities, and heads that predict several tokens (``mtp``), for as long as no draft method uses them."""
 
 _IGNORED_OF_ENCODERS = re.compile(
     r"(cls|classifier|lm_head|pooler|qa_outputs|score|pre_classifier|vocab_\w+|(bert|roberta|mpnet)\.pooler)(\..*)?"

@@ -58,6 +58,11 @@ class CausalLM(Model):
     def num_attention_layers(self) -> int:
         """Layers that need an attention cache."""
 
+    @property
+    def num_recurrent_layers(self) -> int:
+        """Layers that carry a state from token to token."""
+        return 0
+
 
 models: Registry[type[Model]] = Registry("model type", "engine.models")
 

@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from engine.config import EngineConfig
+from engine.core import model_loader
+from engine.core.memory import plan_cache
 from engine.engine import Engine
 from engine.errors import (
     AlreadyExistsError,
@@ -83,35 +85,38 @@ MIXED = [
 
 
 @pytest.fixture(scope="module")
-def alone(tiny_llama: Path) -> dict[str, list[int]]:
+def alone(tiny_model: Path) -> dict[str, list[int]]:
     """What each of the mixed requests gives on a fresh engine of its own."""
     return {
-        request.request_id: tokens(collect(make_engine(tiny_llama), [request])[request.request_id]) for request in MIXED
+        request.request_id: tokens(collect(make_engine(tiny_model), [request])[request.request_id]) for request in MIXED
     }
 
 
 @pytest.mark.parametrize("max_batch_tokens", [4, 16, 2048])
 def test_batch_gives_what_each_gives_alone(
-    tiny_llama: Path, alone: dict[str, list[int]], max_batch_tokens: int
+    tiny_model: Path, alone: dict[str, list[int]], max_batch_tokens: int
 ) -> None:
     """Neither company nor chunked prefill changes a completion, sampled or greedy."""
-    outputs = collect(make_engine(tiny_llama, max_batch_tokens=max_batch_tokens), MIXED)
+    outputs = collect(make_engine(tiny_model, max_batch_tokens=max_batch_tokens), MIXED)
     assert {name: tokens(o) for name, o in outputs.items()} == alone
     assert tokens(outputs["biased"]) == [7] * 8
 
 
-def test_preemption_changes_no_token(tiny_llama: Path, alone: dict[str, list[int]]) -> None:
+def test_preemption_changes_no_token(
+    tiny_model: Path, alone: dict[str, list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With a cache too small for all, sequences lose their blocks and are recomputed; the tokens stay the same."""
-    block_bytes = 2 * 2 * 4 * 2 * 16 * 4
-    engine = make_engine(tiny_llama, kv_cache_bytes=24 * block_bytes)
+    # Blocks for half of them; recurrent states would take their half of a budget in bytes.
+    monkeypatch.setattr(model_loader, "plan_cache", lambda *args: dataclasses.replace(plan_cache(*args), num_blocks=24))
+    engine = make_engine(tiny_model)
     outputs = collect(engine, MIXED)
     assert {name: tokens(o) for name, o in outputs.items()} == alone
     assert engine.stats().models[0].preemptions > 0
 
 
-def test_prefix_hit_equals_miss(tiny_llama: Path, alone: dict[str, list[int]]) -> None:
+def test_prefix_hit_equals_miss(tiny_model: Path, alone: dict[str, list[int]]) -> None:
     """A second request with the same prompt skips its cached blocks, says so, and gives the same tokens."""
-    engine = make_engine(tiny_llama)
+    engine = make_engine(tiny_model)
     collect(engine, [MIXED[1]])
     outputs = collect(engine, [dataclasses.replace(MIXED[1], request_id="again")])["again"]
     assert tokens(outputs) == alone["seeded"]
@@ -120,21 +125,21 @@ def test_prefix_hit_equals_miss(tiny_llama: Path, alone: dict[str, list[int]]) -
     assert collect(engine, [salted])["salted"][-1].num_cached_tokens == 0
 
 
-def test_completions_of_one_prompt_are_as_seeded_and_share_it(tiny_llama: Path) -> None:
+def test_completions_of_one_prompt_are_as_seeded_and_share_it(tiny_model: Path) -> None:
     request = dataclasses.replace(MIXED[1], request_id="n", n=3)
-    outputs = collect(make_engine(tiny_llama), [request])["n"]
+    outputs = collect(make_engine(tiny_model), [request])["n"]
     texts = [tokens(outputs, index) for index in range(3)]
     assert len({tuple(text) for text in texts}) == 3
-    again = collect(make_engine(tiny_llama), [request])["n"]
+    again = collect(make_engine(tiny_model), [request])["n"]
     assert texts == [tokens(again, index) for index in range(3)]
     assert [o.num_cached_tokens for o in outputs if o.finish_reason and o.index] == [28, 28]
 
 
-def test_logprobs_are_those_of_transformers(tiny_llama: Path) -> None:
+def test_logprobs_are_those_of_transformers(tiny_model: Path) -> None:
     """Prompt and completion logprobs, ranks and alternatives, chunked or not, equal transformers' log-softmax."""
     from transformers import AutoModelForCausalLM
 
-    reference = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
+    reference = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
     ids = prompt(9, 21)
     request = Request(
         request_id="p",
@@ -143,7 +148,7 @@ def test_logprobs_are_those_of_transformers(tiny_llama: Path) -> None:
         sampling=SamplingParams(temperature=0.0, max_tokens=5, ignore_eos=True, logprobs=2, prompt_logprobs=3),
     )
     for budget in (5, 2048):
-        outputs = collect(make_engine(tiny_llama, max_batch_tokens=budget), [request])["p"]
+        outputs = collect(make_engine(tiny_model, max_batch_tokens=budget), [request])["p"]
         scored = next(o.prompt_logprobs for o in outputs if o.prompt_logprobs)
         completion = tokens(outputs)
         with torch.inference_mode():
@@ -162,9 +167,9 @@ def test_logprobs_are_those_of_transformers(tiny_llama: Path) -> None:
         assert [len(e.top) for e in scored[1:] if e] == [3] * 20
 
 
-def test_endings(tiny_llama: Path, alone: dict[str, list[int]]) -> None:
+def test_endings(tiny_model: Path, alone: dict[str, list[int]]) -> None:
     """A stop token ends with "stop" and is named; max_tokens and the context end with "length"."""
-    engine = make_engine(tiny_llama)
+    engine = make_engine(tiny_model)
     stop = alone["greedy"][4]
     first = alone["greedy"].index(stop)
     sampling = dataclasses.replace(GREEDY, stop_token_ids=[stop])
@@ -178,8 +183,8 @@ def test_endings(tiny_llama: Path, alone: dict[str, list[int]]) -> None:
     assert outputs[-1].timings is not None
 
 
-def test_abort_frees_blocks_at_once(tiny_llama: Path) -> None:
-    engine = make_engine(tiny_llama)
+def test_abort_frees_blocks_at_once(tiny_model: Path) -> None:
+    engine = make_engine(tiny_model)
     for request in MIXED:
         engine.add_request(request)
     engine.step()
@@ -233,9 +238,9 @@ def test_a_full_queue_refuses_politely(tiny_llama: Path) -> None:
     assert raised.value.retry_after_seconds is not None
 
 
-def test_non_finite_weights_end_their_own_request_alone(tiny_llama: Path) -> None:
+def test_non_finite_weights_end_their_own_request_alone(tiny_model: Path) -> None:
     """A step that fails reports an error, and what it wrote reaches nobody who gets its blocks next."""
-    engine = make_engine(tiny_llama)
+    engine = make_engine(tiny_model)
     expected = tokens(collect(engine, [MIXED[0]])["greedy"])
     embedding = engine._models["tiny"].model.model.embed_tokens.weight  # type: ignore[union-attr]
     embedding.data = embedding.data.clone()

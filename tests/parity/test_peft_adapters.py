@@ -44,9 +44,9 @@ def loaded(directory: Path, tmp_path: Path) -> LoadedModel:
 
 
 def reference(directory: Path) -> Any:
-    from transformers import LlamaForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    return LlamaForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
 
 
 def randomised(loaded: LoadedModel, lora: LoRAParams) -> Any:

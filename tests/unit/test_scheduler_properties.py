@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from engine.cache.full import FullAttentionManager
+from engine.cache.hybrid import HybridManager
 from engine.core.scheduler import ScheduledBatch, Scheduler
 from engine.core.sequence import Sequence, SequenceStatus, new_sequences
 from engine.errors import InternalError, OverloadedError
@@ -21,6 +22,8 @@ EOS = 5
 BLOCK_SIZE = 2
 MAX_RUNNING = 4
 MAX_WAITING = 6
+
+Manager = FullAttentionManager | HybridManager
 
 Content = bytes
 """What stands for the keys and values of a position: a digest of the weights and all tokens up to it."""
@@ -46,7 +49,7 @@ def next_token(contents: list[Content]) -> int:
 class Model:
     """Runs batches on a cache of contents."""
 
-    def __init__(self, manager: FullAttentionManager) -> None:
+    def __init__(self, manager: Manager) -> None:
         self.manager = manager
         self.cache: dict[int, Content] = {}
         self.weights: dict[Sequence, bytes] = {}
@@ -98,7 +101,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.manager = FullAttentionManager(self.num_blocks, BLOCK_SIZE, enable_prefix_caching=self.prefix_caching)
+        self.manager, self.model = self.make()
         self.scheduler = Scheduler(
             "m",
             self.manager,
@@ -107,10 +110,17 @@ class SchedulerMachine(RuleBasedStateMachine):
             max_waiting=MAX_WAITING,
             max_model_len=16,
         )
-        self.model = Model(self.manager)
         self.sequences: list[Sequence] = []
         self.generations = {"a": 0, "b": 0}
         self.count = 0
+
+    def make(self) -> tuple[Manager, Model]:
+        """The cache under test, and what stands for a model that uses it."""
+        manager = FullAttentionManager(self.num_blocks, BLOCK_SIZE, enable_prefix_caching=self.prefix_caching)
+        return manager, Model(manager)
+
+    def failed(self, batch: ScheduledBatch) -> None:
+        """A step failed as if the device had run out of memory: nothing is taken in, and all of it runs again."""
 
     @rule(
         prompt=st.lists(st.integers(0, 1), min_size=1, max_size=14) | st.integers(1, 14).map(lambda n: [0] * n),
@@ -182,7 +192,8 @@ class SchedulerMachine(RuleBasedStateMachine):
     def step(self, fails: bool, data: st.DataObject) -> None:
         batch = self.schedule()
         sampled = self.model.forward(batch)
-        if fails:  # as if the device had run out of memory: nothing is taken in
+        if fails:
+            self.failed(batch)
             return
         for entry in batch.entries:
             sequence = entry.sequence

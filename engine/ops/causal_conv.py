@@ -1,0 +1,79 @@
+"""Depthwise causal convolution over packed tokens, with the window that a sequence carries from step to step.
+
+Shapes: T packed tokens, S sequences, C channels, W taps. A window is the W - 1 inputs before a sequence's next token,
+[S, W - 1, C]; zeros before its first. Proof: tests/unit/test_causal_conv.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+BLOCK_ELEMENTS = 1 << 17
+"""Of the output, made at one time on a CPU."""
+
+
+def causal_conv(
+    x: Tensor,
+    weight: Tensor,
+    seq_starts: Sequence[int],
+    windows: Tensor | None = None,
+    captures: Sequence[tuple[int, int]] = (),
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """y_t = sum_j weight[:, j] x_{t - W + 1 + j}, no activation.
+
+    Args:
+        x: [T, C].
+        weight: [C, W].
+        seq_starts: S + 1 offsets, from 0 to T.
+        windows: [S, W - 1, C] of any type; None: zeros.
+        captures: (sequence, number of its leading tokens) after which the window is wanted.
+    Returns: y [T, C] in the type of x; the windows after each sequence [S, W - 1, C]; the captured ones, each
+        [W - 1, C]. Windows are in the type of x.
+    """
+    num_sequences, carried = len(seq_starts) - 1, weight.shape[1] - 1
+    if windows is None:
+        windows = x.new_zeros(num_sequences, carried, x.shape[1])
+    windows = windows.to(x.dtype)
+    if len(x) == num_sequences and not captures:  # one token each
+        extended = torch.cat((windows, x[:, None]), dim=1)
+        return (extended * weight.to(x.dtype).mT).sum(dim=1), extended[:, 1:], []
+    # Each sequence behind its window, all in one tensor, so that a tap is one shifted product.
+    parts: list[Tensor] = []
+    for s, (start, end) in enumerate(pairwise(seq_starts)):
+        parts += (windows[s], x[start:end])
+    extended = torch.cat(parts)
+    y = _taps(extended, weight.to(x.dtype).unbind(dim=1))
+
+    def window_after(sequence: int, num_tokens: int) -> Tensor:
+        at = seq_starts[sequence] + sequence * carried + num_tokens
+        return extended[at : at + carried]
+
+    after = torch.stack([window_after(s, end - start) for s, (start, end) in enumerate(pairwise(seq_starts))])
+    captured = [window_after(s, n) for s, n in captures]
+    if num_sequences > 1:  # results at places of windows mix two sequences
+        y = torch.cat([y[a + s * carried : b + s * carried] for s, (a, b) in enumerate(pairwise(seq_starts))])
+    return y, after, captured
+
+
+def _taps(extended: Tensor, taps: Sequence[Tensor]) -> Tensor:
+    """sum_j taps[j] extended[t + j]: [n + W - 1, C] to [n, C]."""
+    carried = len(taps) - 1
+    length = len(extended) - carried
+    if torch.is_grad_enabled():
+        y = extended[carried:] * taps[-1]
+        for j in range(carried):
+            y = torch.addcmul(y, extended[j : j + length], taps[j])
+        return y
+    y = extended.new_empty(length, extended.shape[1])
+    # Some rows at a time, so that they stay in the processor's cache from tap to tap.
+    rows = length if extended.is_cuda else max(1, BLOCK_ELEMENTS // extended.shape[1])
+    for start in range(0, length, rows):
+        part = y[start : start + rows]
+        torch.mul(extended[start + carried : start + carried + len(part)], taps[-1], out=part)
+        for j in range(carried):
+            part.addcmul_(extended[start + j : start + j + len(part)], taps[j])
+    return y
