@@ -132,6 +132,12 @@ class ServerConfig(BaseSettings):
     )
     block_size: int = Field(default=16, description="Tokens of one attention cache block: 8, 16, 32, 64 or 128.")
     prefix_caching: bool = Field(default=True, description="Share cache blocks among requests with equal prefixes.")
+    state_checkpoint_interval: int = Field(
+        default=64,
+        ge=1,
+        le=1 << 20,
+        description="Cache blocks between checkpoints of recurrent state, from which hybrid models share prefixes.",
+    )
     job_slice_ms: float = Field(
         default=50.0, gt=0, le=60_000, description="Target milliseconds of one slice of a job while requests run."
     )
@@ -279,6 +285,7 @@ class ServerConfig(BaseSettings):
             kv_cache_bytes=self.kv_cache_bytes,
             block_size=self.block_size,
             enable_prefix_caching=self.prefix_caching,
+            state_checkpoint_interval=self.state_checkpoint_interval,
             job_slice_seconds=self.job_slice_ms / 1000,
             job_share=self.job_share,
             state_dir=str(self.state_dir),
