@@ -134,9 +134,10 @@ class ServerConfig(BaseSettings):
     prefix_caching: bool = Field(default=True, description="Share cache blocks among requests with equal prefixes.")
     state_checkpoint_interval: int = Field(
         default=64,
-        ge=1,
+        ge=0,
         le=1 << 20,
-        description="Cache blocks between checkpoints of recurrent state, from which hybrid models share prefixes.",
+        description="Cache blocks between checkpoints of recurrent state, from which hybrid models share prefixes; "
+        "0: only at the end of each prompt.",
     )
     job_slice_ms: float = Field(
         default=50.0, gt=0, le=60_000, description="Target milliseconds of one slice of a job while requests run."
