@@ -259,7 +259,8 @@ class App:
         def stop(number: signal.Signals) -> None:
             if self._stop.is_set():
                 logger.warning("second %s: ending at once", number.name)
-                os._exit(128 + number)  # workers end with the pipe to this process
+                self.pool.abandon()
+                os._exit(128 + number)
             logger.info("%s: draining", number.name)
             self._stop.set()
 

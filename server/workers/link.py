@@ -62,6 +62,10 @@ class Link:
         with contextlib.suppress(asyncio.CancelledError):
             await self._reader
         self._context.destroy(linger=0)
+        self.remove_directory()
+
+    def remove_directory(self) -> None:
+        """Removes the socket's directory; for a process that is about to end without ``close``."""
         shutil.rmtree(self._directory, ignore_errors=True)
 
     async def _read(self) -> None:

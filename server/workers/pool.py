@@ -173,6 +173,11 @@ class WorkerPool:
             await self._link.close()
             self._link = None
 
+    def abandon(self) -> None:
+        """Leaves no file behind, for a process that ends at once. Workers end with the pipe to it."""
+        if self._link is not None:
+            self._link.remove_directory()
+
     def _receive(self, identity: str, report: AnyReport) -> bool:
         sender = identity.removesuffix(HEARTBEAT_SUFFIX)
         for replica in self._router.replicas:
