@@ -79,7 +79,6 @@ class Runner:
             max_model_len=loaded.info.max_model_len,
         )
         self._sampler = Sampler()
-        self._unfinished: dict[str, int] = {}
         self._finished: list[str] = []
         self._observations: dict[str, list[float]] = defaultdict(list)
 
@@ -119,15 +118,13 @@ class Runner:
             adapter=adapter,
         )
         self._scheduler.add(sequences)
-        self._unfinished[request.request_id] = len(sequences)
 
     def abort(self, request_id: str, index: int | None, reason: Literal["cancelled", "stop"]) -> list[RequestOutput]:
         """Ends a request, or one completion of it, and frees its blocks at once. See Engine.abort."""
         ended = self._scheduler.abort(request_id, index, reason)
         if reason == "stop":
             return [self._output(sequence, []) for sequence in ended]
-        for sequence in ended:
-            self._count_end(sequence)
+        self._note_end(request_id)
         return []
 
     def has_requests(self) -> bool:
@@ -155,12 +152,15 @@ class Runner:
     def _execute(self, batch: ScheduledBatch) -> dict[int, int | EngineError]:
         """Runs the model. Returns, by id of the sequence, the token that follows it, or why there is none."""
         entries = batch.entries
-        # Sequences of one adapter side by side, so that each adapter is one segment.
-        entries.sort(key=lambda e: (e.sequence.adapter_version or 0, id(e.sequence.adapter)))
+        # Sequences of one adapter side by side, so that each adapter is one segment; by name, so that runs repeat.
+        entries.sort(key=lambda e: (e.sequence.request.adapter or "", e.sequence.adapter_version or 0))
         sequences = [entry.sequence for entry in entries]
         slots, saves = self._prepare_states(sequences)
         token_ids, ctx = pack(
-            [s.token_ids[s.num_computed_tokens : s.num_computed_tokens + e.num_tokens] for e, s in _pairs(entries)],
+            [
+                s.token_ids[s.num_computed_tokens : s.num_computed_tokens + entry.num_tokens]
+                for entry, s in zip(entries, sequences, strict=True)
+            ],
             [s.num_computed_tokens for s in sequences],
             [s.block_table for s in sequences],
             [s.adapter for s in sequences],
@@ -251,7 +251,7 @@ class Runner:
         if sequence.is_finished:
             output.timings = sequence.timings()
             self._observe(sequence)
-            self._count_end(sequence)
+            self._note_end(sequence.request.request_id)
             if sequence.error is not None:
                 output.error_code = sequence.error.code
                 output.error_message = sequence.error.message
@@ -282,11 +282,8 @@ class Runner:
         observe["request_prompt_tokens"].append(sequence.num_prompt_tokens)
         observe["request_generation_tokens"].append(sequence.num_output_tokens)
 
-    def _count_end(self, sequence: Sequence) -> None:
-        request_id = sequence.request.request_id
-        self._unfinished[request_id] -= 1
-        if self._unfinished[request_id] == 0:
-            del self._unfinished[request_id]
+    def _note_end(self, request_id: str) -> None:
+        if not self._scheduler.is_live(request_id):
             self._finished.append(request_id)
 
     def drain_stats(self) -> ModelStats:
@@ -310,7 +307,3 @@ class Runner:
     def forget_adapter(self, name: str) -> None:
         """No later request shares prefixes with earlier ones of that adapter."""
         self._scheduler.forget_adapter(name)
-
-
-def _pairs(entries: Seq[ScheduledSequence]) -> list[tuple[ScheduledSequence, Sequence]]:
-    return [(entry, entry.sequence) for entry in entries]

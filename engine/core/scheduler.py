@@ -133,6 +133,10 @@ class Scheduler:
         """Whether ``schedule`` has anything to do."""
         return bool(self._waiting or self._running)
 
+    def is_live(self, request_id: str) -> bool:
+        """Whether a sequence of that request is waiting or running."""
+        return request_id in self._live
+
     def adapters_waiting(self) -> list[str]:
         """Names of the adapters of waiting sequences, each once, sorted."""
         return sorted({s.adapter.name for s in self._waiting if s.adapter is not None})
