@@ -56,7 +56,6 @@ class Engine:
         self.dtype = _dtype(config.dtype, self.device)
         torch.set_num_threads(config.num_threads or usable_cores())
         self._models: dict[str, LoadedModel] = {}
-        self._owners: dict[str, Runner] = {}
         self._jobs = JobLoop(config.job_slice_seconds, config.job_share)
 
     # ------------------------------------------------------------------------------------------------------- models
@@ -111,13 +110,12 @@ class Engine:
             FailedPreconditionError: the model does not generate.
             OverloadedError: the queue is full.
         """
-        if request.request_id in self._owners:
+        if self._owner(request.request_id) is not None:
             raise AlreadyExistsError(f"request {request.request_id!r} is running", field="request_id")
         loaded = self._model(request.model)
         loaded.causal_lm()
         assert loaded.runner is not None
         loaded.runner.add(request)
-        self._owners[request.request_id] = loaded.runner
 
     def abort(
         self, request_id: str, index: int | None = None, reason: Literal["cancelled", "stop"] = "cancelled"
@@ -132,12 +130,8 @@ class Engine:
 
         Returns: with "stop", the last output of each completion that this ended; it has no further tokens.
         """
-        runner = self._owners.get(request_id)
-        if runner is None:
-            return []
-        outputs = runner.abort(request_id, index, reason)
-        self._forget_finished(runner)
-        return outputs
+        runner = self._owner(request_id)
+        return [] if runner is None else runner.abort(request_id, index, reason)
 
     def has_requests(self) -> bool:
         """Whether step has work."""
@@ -150,7 +144,6 @@ class Engine:
         for loaded in self._models.values():
             if loaded.runner is not None and loaded.runner.has_requests():
                 outputs.extend(loaded.runner.step())
-                self._forget_finished(loaded.runner)
         self._jobs.served(time.monotonic() - begin)
         return outputs
 
@@ -240,9 +233,10 @@ class Engine:
             job_slice_seconds=slices,
         )
 
-    def _forget_finished(self, runner: Runner) -> None:
-        for request_id in runner.drain_finished():
-            self._owners.pop(request_id, None)
+    def _owner(self, request_id: str) -> Runner | None:
+        """The runner in which that request is live."""
+        runners = (loaded.runner for loaded in self._models.values())
+        return next((r for r in runners if r is not None and r.is_live(request_id)), None)
 
     def _forget(self, model: str, adapter: str) -> None:
         """The adapter's name and version may now stand for other weights than the prefix cache was computed with."""

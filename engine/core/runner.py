@@ -79,7 +79,6 @@ class Runner:
             max_model_len=loaded.info.max_model_len,
         )
         self._sampler = Sampler()
-        self._finished: list[str] = []
         self._observations: dict[str, list[float]] = defaultdict(list)
 
     # ----------------------------------------------------------------------------------------------------- requests
@@ -122,19 +121,15 @@ class Runner:
     def abort(self, request_id: str, index: int | None, reason: Literal["cancelled", "stop"]) -> list[RequestOutput]:
         """Ends a request, or one completion of it, and frees its blocks at once. See Engine.abort."""
         ended = self._scheduler.abort(request_id, index, reason)
-        if reason == "stop":
-            return [self._output(sequence, []) for sequence in ended]
-        self._note_end(request_id)
-        return []
+        return [self._output(sequence, []) for sequence in ended] if reason == "stop" else []
 
     def has_requests(self) -> bool:
         """Whether step has work."""
         return self._scheduler.has_unfinished()
 
-    def drain_finished(self) -> list[str]:
-        """Ids of requests whose last completion ended since the last call."""
-        finished, self._finished = self._finished, []
-        return finished
+    def is_live(self, request_id: str) -> bool:
+        """Whether a completion of that request has not ended."""
+        return self._scheduler.is_live(request_id)
 
     # --------------------------------------------------------------------------------------------------------- step
 
@@ -251,7 +246,6 @@ class Runner:
         if sequence.is_finished:
             output.timings = sequence.timings()
             self._observe(sequence)
-            self._note_end(sequence.request.request_id)
             if sequence.error is not None:
                 output.error_code = sequence.error.code
                 output.error_message = sequence.error.message
@@ -281,10 +275,6 @@ class Runner:
             observe["request_decode_seconds"].append(timings.decode_seconds)
         observe["request_prompt_tokens"].append(sequence.num_prompt_tokens)
         observe["request_generation_tokens"].append(sequence.num_output_tokens)
-
-    def _note_end(self, request_id: str) -> None:
-        if not self._scheduler.is_live(request_id):
-            self._finished.append(request_id)
 
     def drain_stats(self) -> ModelStats:
         """Gauges and counters now, and observations since the last call."""
