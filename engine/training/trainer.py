@@ -6,29 +6,15 @@ of one micro-batch, or one publication or checkpoint.
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
-import json
 import math
 import time
-from collections import deque
-from collections.abc import Generator, Iterator
-from dataclasses import replace
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
-from statistics import fmean
 
 import torch
-from torch import nn
 
 from engine.core.loaded import LoadedModel
-from engine.errors import (
-    FailedPreconditionError,
-    FormatError,
-    InvalidArgumentError,
-    OutOfMemoryError,
-    OutOfRangeError,
-    TrainingError,
-)
+from engine.errors import FailedPreconditionError, OutOfMemoryError, TrainingError
 from engine.jobs import (
     JobEvent,
     JobFailed,
@@ -42,25 +28,20 @@ from engine.jobs import (
     TrainStep,
 )
 from engine.lora.adapter import Adapter
-from engine.lora.peft import load_adapter, read_config
 from engine.names import validate_name
 from engine.training.batching import BatchOrder, MicroBatch, micro_batches
-from engine.training.checkpoint import Checkpoints, RunState
-from engine.training.dataset import Dataset, Example, Examples, read_dataset
+from engine.training.checkpoint import Checkpoints
+from engine.training.dataset import Example, read_dataset
 from engine.training.forward import TrainingForward, accepted_difference, forward_difference, probe, resolve_dtype
-from engine.training.lora_init import masters, new_adapter, validate_lora
+from engine.training.lora_init import masters
 from engine.training.optimizer import Optimizer, learning_rate
 from engine.training.params import validate_params
+from engine.training.passes import accumulate_gradients, mean_nll
+from engine.training.progress import Progress, peak_memory_bytes
 from engine.training.seeds import derive_seed
+from engine.training.setup import begin_or_resume, load_masters, plan_steps, validate_dataset
 
 MAX_CONSECUTIVE_SKIPS = 3
-CPU_MICRO_BATCH_TOKENS = 128
-"""Of one forward on the CPU. More makes a slice longer and nothing faster: with SmolLM2-135M in float32 a core gets
-through as many tokens a second with 64 in a forward as with 256."""
-
-ETA_STEPS = 20
-"""Steps over which the time per step is averaged."""
-
 Slices = Generator[JobEvent | None, None, None]
 
 
@@ -102,80 +83,25 @@ class _Run:
             raise FailedPreconditionError("the engine has no state directory to publish to", reason="NO_STATE_DIR")
         self._forward = TrainingForward(loaded, resolve_dtype(params.compute_dtype, loaded.dtype))
         self._dataset = read_dataset(Path(spec.dataset_path))
-        _validate_dataset(self._dataset, spec, loaded)
+        validate_dataset(self._dataset, spec, loaded)
         self._order = BatchOrder(len(self._dataset.train), params.batch_size, params.seed, params.shuffle)
-        self._total_steps, self._ends_by = self._plan_steps()
-        self._linears = loaded.model.linears()
-        self._checkpoints = Checkpoints(Path(spec.run_dir) / "checkpoints", loaded.info.name, self._linears)
-        self._checkpointed_step = -1
-        self._adapter, self._state, optimizer_state = self._begin_or_resume()
+        self._total_steps, self._ends_by = plan_steps(params, self._order.steps_per_epoch)
+        self._checkpoints = Checkpoints(
+            Path(spec.run_dir) / "checkpoints", loaded.info.name, list(loaded.model.linears())
+        )
+        beginning = begin_or_resume(spec, self._dataset, loaded, self._checkpoints)
+        self._adapter, self._state = beginning.adapter, beginning.state
+        self._checkpointed_step = beginning.checkpointed_step
         self._resumed_from = self._state.step
         self._optimizer = Optimizer(masters(self._adapter), params)
-        self._optimizer.load_state(optimizer_state)
-        self._step_seconds: deque[float] = deque(maxlen=ETA_STEPS)
-        self._began = 0.0
-        self._seconds_before = self._state.seconds
-
-    # ------------------------------------------------------------------------------------------------------- set-up
-
-    def _plan_steps(self) -> tuple[int, str]:
-        """Optimizer steps at most, and what ends the run there."""
-        params = self._params
-        limits = []
-        if params.epochs is not None:
-            limits.append((max(1, math.ceil(params.epochs * self._order.steps_per_epoch - 1e-9)), "epochs"))
-        if params.max_steps is not None:
-            limits.append((params.max_steps, "max_steps"))
-        return min(limits)
-
-    def _begin_or_resume(self) -> tuple[Adapter, RunState, dict[str, torch.Tensor]]:
-        spec, loaded = self._spec, self._loaded
-        fingerprint = self._fingerprint()
-        self._checkpoints.clear_unfinished()
-        latest = self._checkpoints.read_latest()
-        if latest is not None:
-            state, path, optimizer_state = latest
-            if state.fingerprint != fingerprint:
-                raise FailedPreconditionError(
-                    f"{path} is of a run with another configuration, data or base model; accepted: the same ones",
-                    field="run_dir",
-                    reason="CHECKPOINT_MISMATCH",
-                )
-            self._checkpointed_step = state.step
-            return self._trainable(path), state, optimizer_state
-        state = RunState(fingerprint=fingerprint, micro_batch_tokens=_micro_batch_tokens(loaded))
-        if spec.init_adapter is not None:
-            init = loaded.adapters.get(spec.init_adapter, spec.init_adapter_version)
-            state.parent_name, state.parent_version = init.name, init.version
-            # From the file: in memory it may be rounded to the model's type.
-            return self._trainable(loaded.adapters.path(init.name, init.version)), state, {}
-        validate_lora(spec.lora)
-        return new_adapter(spec.adapter, self._linears, spec.lora, self._params.seed, loaded.device), state, {}
-
-    def _trainable(self, path: Path) -> Adapter:
-        """An adapter from its PEFT files as float32 masters."""
-        stored = load_adapter(
-            path, self._linears, name=self._spec.adapter, device=self._loaded.device, dtype=torch.float32
-        )
-        modules = {name: (nn.Parameter(a), nn.Parameter(b)) for name, (a, b) in stored.modules.items()}
-        return replace(stored, modules=modules, dropout=read_config(path).dropout)  # type: ignore[arg-type]
-
-    def _fingerprint(self) -> str:
-        spec = self._spec
-        init = None if spec.init_adapter is None else [spec.init_adapter, spec.init_adapter_version]
-        described = [
-            dataclasses.asdict(spec.params),
-            dataclasses.asdict(spec.lora) if init is None else init,
-            self._dataset.digest,
-            self._loaded.info.weights_digest,
-        ]
-        return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
+        self._optimizer.load_state(beginning.optimizer_state)
+        self._progress = Progress(self._state.seconds)
 
     # ---------------------------------------------------------------------------------------------------- the run
 
     def slices(self) -> Slices:
         """The run from where it stands to its end."""
-        self._began = time.monotonic()
+        self._progress.start()
         try:
             yield from self._run()
         except StopAndCheckpoint:
@@ -206,7 +132,7 @@ class _Run:
 
     def _prove_forward(self) -> Slices:
         """Refuses to train where the training forward is not the serving forward."""
-        batches = self._batches(self._batch(self._state.step + 1))
+        batches = self._batches(self._batch(self._state.step + 1), self._params.gradient_accumulation_steps)
         adapter = probe(self._adapter, self._params.seed)
         difference, largest = yield from forward_difference(self._forward, self._loaded, batches, adapter)
         accepted = accepted_difference(self._params.forward_tolerance, self._forward.dtype, largest)
@@ -234,7 +160,7 @@ class _Run:
         """Step 0: the loss of the first batch before any training."""
         examples = self._batch(1)
         begin = time.monotonic()
-        nll = yield from self._mean_nll(examples)
+        nll = yield from mean_nll(self._forward, self._batches(examples), self._adapter)
         seconds = time.monotonic() - begin
         yield self._step_event(0, examples, nll, 0.0, None, seconds)
 
@@ -248,21 +174,8 @@ class _Run:
         generator = None
         if self._adapter.dropout > 0.0:
             generator = torch.Generator(self._loaded.device).manual_seed(derive_seed(params.seed, "dropout", step))
-        total = 0.0
-        for batch in self._batches(examples):
-            with torch.enable_grad():
-                hidden = self._forward.hidden(batch, self._adapter, generator)
-            yield None
-            with torch.enable_grad():
-                nll = self._forward.nll_sum(hidden, batch)
-            del hidden
-            total += float(nll.detach())
-            if not math.isfinite(total):
-                break  # its gradient would be of no use
-            yield None
-            (nll / num_loss_tokens).backward()  # type: ignore[no-untyped-call]
-            del nll
-            yield None
+        batches = self._batches(examples, params.gradient_accumulation_steps)
+        total = yield from accumulate_gradients(self._forward, batches, self._adapter, num_loss_tokens, generator)
         rate = learning_rate(params, step, self._total_steps)
         norm = self._optimizer.clip() if math.isfinite(total) else None
         skipped = norm is None or not math.isfinite(norm)
@@ -273,7 +186,7 @@ class _Run:
         state.consecutive_skips = state.consecutive_skips + 1 if skipped else 0
         state.num_tokens += sum(len(example) for example in examples)
         seconds = time.monotonic() - begin
-        self._step_seconds.append(seconds)
+        self._progress.observe_step(seconds)
         yield self._step_event(step, examples, total / num_loss_tokens, rate, norm, seconds, skipped)
         if skipped:
             yield from self._after_skip(total / num_loss_tokens, norm)
@@ -321,7 +234,7 @@ class _Run:
     def _evaluate(self) -> Slices:
         state = self._state
         begin = time.monotonic()
-        nll = yield from self._mean_nll(self._dataset.evaluation)
+        nll = yield from mean_nll(self._forward, self._batches(self._dataset.evaluation), self._adapter)
         is_best = math.isfinite(nll) and (state.best_nll is None or nll < state.best_nll)
         state.evaluated_step = state.step
         state.last_nll = nll
@@ -353,7 +266,8 @@ class _Run:
         state = self._state
         adapter, nll = self._adapter, state.last_nll
         if self._params.publish == "best" and state.best_step is not None and state.best_step != state.step:
-            adapter, nll = self._trainable(self._checkpoints.best), state.best_nll
+            adapter = load_masters(self._checkpoints.best, self._spec.adapter, self._loaded)
+            nll = state.best_nll
             if state.best_step == 0:
                 yield JobWarning(
                     job_id=self._spec.job_id,
@@ -375,7 +289,7 @@ class _Run:
             version=published.version,
             adapter_path=str(self._loaded.adapters.path(self._spec.adapter, published.version)),
             checkpoint_path=str(self._checkpoints.path(state.step)),
-            seconds=self._elapsed(),
+            seconds=self._progress.seconds,
             num_tokens=state.num_tokens,
         )
 
@@ -384,33 +298,14 @@ class _Run:
     def _batch(self, step: int) -> list[Example]:
         return [self._dataset.train[index] for index in self._order.batch(step)]
 
-    def _batches(self, examples: list[Example]) -> Iterator[MicroBatch]:
+    def _batches(self, examples: Sequence[Example], parts: int = 1) -> Iterator[MicroBatch]:
         return micro_batches(
             examples,
             max_tokens=self._state.micro_batch_tokens,
-            parts=self._params.gradient_accumulation_steps,
+            parts=parts,
             packing=self._params.packing,
             device=self._loaded.device,
         )
-
-    def _mean_nll(self, examples: Examples | list[Example]) -> Generator[None, None, float]:
-        """Mean NLL per token that counts, without dropout, in the forwards that training would take."""
-        adapter = replace(self._adapter, dropout=0.0)
-        total, count = 0.0, 0
-        for batch in micro_batches(
-            examples,
-            max_tokens=self._state.micro_batch_tokens,
-            packing=self._params.packing,
-            device=self._loaded.device,
-        ):
-            with torch.no_grad():
-                hidden = self._forward.hidden(batch, adapter)
-            yield None
-            with torch.no_grad():
-                total += float(self._forward.nll_sum(hidden, batch))
-            count += batch.num_loss_tokens
-            yield None
-        return total / count
 
     def _step_event(
         self,
@@ -423,7 +318,6 @@ class _Run:
         skipped: bool = False,
     ) -> TrainStep:
         num_tokens = sum(len(example) for example in examples)
-        left = self._total_steps - step
         return TrainStep(
             job_id=self._spec.job_id,
             step=step,
@@ -435,22 +329,14 @@ class _Run:
             num_loss_tokens=sum(example.num_loss_tokens for example in examples),
             tokens_per_second=num_tokens / seconds if seconds > 0.0 else None,
             step_seconds=seconds,
-            eta_seconds=left * fmean(self._step_seconds) if self._step_seconds else None,
-            peak_memory_bytes=self._peak_memory(),
+            eta_seconds=self._progress.eta_seconds(self._total_steps - step),
+            peak_memory_bytes=peak_memory_bytes(self._loaded.device),
             skipped=skipped,
         )
 
-    def _peak_memory(self) -> int | None:
-        """Of the device's allocator. A process on the CPU cannot tell what of its peak was this run's."""
-        device = self._loaded.device
-        return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
-
-    def _elapsed(self) -> float:
-        return self._seconds_before + time.monotonic() - self._began
-
     def _checkpoint(self, *, is_best: bool) -> TrainCheckpoint:
         begin = time.monotonic()
-        self._state.seconds = self._elapsed()
+        self._state.seconds = self._progress.seconds
         path = self._checkpoints.write(self._adapter, self._optimizer.state(), self._state, is_best=is_best)
         self._checkpointed_step = self._state.step
         return TrainCheckpoint(
@@ -478,33 +364,3 @@ class _Run:
 
 def _due(every: int, step: int) -> bool:
     return every > 0 and step > 0 and step % every == 0
-
-
-def _micro_batch_tokens(loaded: LoadedModel) -> int:
-    """Tokens of one forward: from the configuration, not from the clock, so that a resumed run cuts alike."""
-    limit = loaded.engine_config.max_batch_tokens
-    return min(limit, CPU_MICRO_BATCH_TOKENS) if loaded.device.type == "cpu" else limit
-
-
-def _validate_dataset(dataset: Dataset, spec: TrainSpec, loaded: LoadedModel) -> None:
-    if len(dataset.train) == 0:
-        raise InvalidArgumentError("the dataset has no training examples; accepted: at least one", field="examples")
-    limit = min(spec.params.max_seq_len, loaded.config.max_position_embeddings)
-    vocab_size = loaded.config.vocab_size
-    for split, examples in (("train", dataset.train), ("evaluation", dataset.evaluation)):
-        if examples.longest > limit:
-            raise OutOfRangeError(
-                f"an example of {split} has {examples.longest} tokens; accepted: at most {limit} "
-                f"(max_seq_len is {spec.params.max_seq_len}, the model has "
-                f"{loaded.config.max_position_embeddings} positions)",
-                field="params.max_seq_len",
-            )
-        if not len(examples):
-            continue
-        low, high = int(examples.token_ids.min()), int(examples.token_ids.max())
-        if low < 0 or high >= vocab_size:
-            raise InvalidArgumentError(
-                f"{split} has the token id {low if low < 0 else high}; accepted: [0, {vocab_size})", field="examples"
-            )
-        if any(example.num_loss_tokens == 0 for example in examples):
-            raise FormatError(f"{split} has an example without tokens to learn; accepted: at least one in each")
