@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -20,6 +20,14 @@ class LoRADelta(Protocol):
 
     def add(self, name: str, x: Tensor, y: Tensor) -> Tensor:
         """y plus the low-rank update of module ``name`` for input x; both [T, ·]."""
+        ...
+
+
+class LayerRunner(Protocol):
+    """How a decoder layer is run (engine.training.recompute)."""
+
+    def __call__(self, layer: nn.Module, x: Tensor, ctx: ForwardContext, *args: Tensor) -> Tensor:
+        """layer(x, ctx, *args)."""
         ...
 
 
@@ -85,6 +93,7 @@ class ForwardContext:
         state_saves: states to keep on the way.
         lora: adapters of the batch, or None.
         causal: False for encoders.
+        run_layer: how decoder layers are run; None: plainly.
     """
 
     positions: Tensor
@@ -99,6 +108,7 @@ class ForwardContext:
     state_saves: Sequence[StateSave] = ()
     lora: LoRADelta | None = None
     causal: bool = True
+    run_layer: LayerRunner | None = None
     # Index tensors and masks that every attention layer of one forward needs; made by the first that does.
     scratch: dict[Any, Any] | None = None
 
@@ -121,6 +131,7 @@ def packed_context(
     device: torch.device | str = "cpu",
     lora: LoRADelta | None = None,
     causal: bool = True,
+    run_layer: LayerRunner | None = None,
 ) -> ForwardContext:
     """Context of whole sequences without a cache: training, perplexity, embedding.
 
@@ -138,5 +149,6 @@ def packed_context(
         kv_lens=list(lengths),
         lora=lora,
         causal=causal,
+        run_layer=run_layer,
         scratch={},
     )

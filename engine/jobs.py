@@ -59,6 +59,8 @@ class TrainParams:
         publish_every: steps between publishing the adapter as a new live version; 0: only the final one.
         publish: which weights go live at the end: "best" on the held-out examples, or "last".
         forward_tolerance: largest absolute difference of logits between training and serving forward that is accepted.
+        activation_checkpointing: keep the input of each decoder layer alone for the backward, which runs the layer
+            again: the same numbers from less memory, for the time of a second forward.
     """
 
     learning_rate: float = 1e-4
@@ -85,6 +87,7 @@ class TrainParams:
     publish_every: int = 0
     publish: Literal["best", "last"] = "best"
     forward_tolerance: float = 1e-3
+    activation_checkpointing: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -164,6 +164,7 @@ def from_train_params(message: training_pb2.TrainParams, config: ServerConfig) -
             "learning_rate", "eps", "momentum", "weight_decay", "warmup_steps", "max_grad_norm", "batch_size",
             "gradient_accumulation_steps", "max_steps", "epochs", "max_seq_len", "packing", "shuffle", "seed",
             "eval_every", "early_stopping_patience", "checkpoint_every", "publish_every", "forward_tolerance",
+            "activation_checkpointing",
         ),
     )  # fmt: skip
     params = TrainParams(
@@ -211,7 +212,7 @@ def to_resolved_config(request: RunRequest, message: training_pb2.TrainConfig) -
     for name in (
         "learning_rate", "eps", "momentum", "weight_decay", "warmup_steps", "max_grad_norm", "batch_size",
         "gradient_accumulation_steps", "max_seq_len", "packing", "shuffle", "seed", "eval_every",
-        "early_stopping_patience", "checkpoint_every", "publish_every", "forward_tolerance",
+        "early_stopping_patience", "checkpoint_every", "publish_every", "forward_tolerance", "activation_checkpointing",
     ):  # fmt: skip
         setattr(resolved.params, name, getattr(params, name))
     resolved.params.beta1, resolved.params.beta2 = params.betas

@@ -31,6 +31,7 @@ _PARAMS = (
     "learning_rate", "eps", "momentum", "weight_decay", "warmup_steps", "max_grad_norm", "batch_size",
     "gradient_accumulation_steps", "max_steps", "epochs", "max_seq_len", "packing", "shuffle", "seed", "eval_every",
     "early_stopping_patience", "checkpoint_every", "publish_every", "forward_tolerance",
+    "activation_checkpointing",
 )  # fmt: skip
 _ENUMS: tuple[tuple[str, Any, str], ...] = (
     ("optimizer", training_pb2.Optimizer, "OPTIMIZER_"),

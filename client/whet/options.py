@@ -102,6 +102,8 @@ class TrainOptions(LoRAOptions, total=False):
         publish_every: steps between new live versions; 0: the final one only.
         publish: "best" or "last": which weights go live at the end.
         forward_tolerance: largest difference of logits, training against serving forward, that is accepted.
+        activation_checkpointing: the backward runs each layer again: the same losses from less memory, for the time
+            of a second forward. Default: False.
         on_disconnect: "continue" or "cancel": what becomes of the run when this client goes away.
         request_id: a repeated call with the same id attaches to the first one's run. Default: a new one.
         timeout: seconds to follow the run; default: without end.
@@ -135,6 +137,7 @@ class TrainOptions(LoRAOptions, total=False):
     publish_every: int | None
     publish: str | None
     forward_tolerance: float | None
+    activation_checkpointing: bool | None
     on_disconnect: str | None
     request_id: str | None
     timeout: float | None

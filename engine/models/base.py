@@ -64,6 +64,13 @@ class CausalLM(Model):
         return 0
 
 
+def run_layer(layer: nn.Module, x: Tensor, ctx: ForwardContext, *args: Tensor) -> Tensor:
+    """layer(x, ctx, *args), in the way that the context has decoder layers run."""
+    if ctx.run_layer is None:
+        return layer(x, ctx, *args)  # type: ignore[no-any-return]
+    return ctx.run_layer(layer, x, ctx, *args)
+
+
 models: Registry[type[Model]] = Registry("model type", "engine.models")
 
 

@@ -20,7 +20,7 @@ from engine.layers.linear import Embedding, Linear
 from engine.layers.mlp import GatedMLP
 from engine.layers.norm import RMSNorm
 from engine.layers.rope import RotaryEmbedding
-from engine.models.base import CausalLM, models
+from engine.models.base import CausalLM, models, run_layer
 from engine.quantization.base import SchemeMap
 
 
@@ -84,7 +84,7 @@ class Gemma3TextModel(nn.Module):
         x = self.embed_tokens(token_ids) * self.embedding_multiplier
         rotations = {layer_type: rotary.cos_sin(ctx) for layer_type, rotary in self.rotary.items()}
         for layer, layer_type in zip(self.layers, self.layer_types, strict=True):
-            x = layer(x, ctx, *rotations[layer_type])
+            x = run_layer(layer, x, ctx, *rotations[layer_type])
         return self.norm(x)  # type: ignore[no-any-return]
 
 

@@ -21,7 +21,7 @@ from engine.layers.mlp import GatedMLP
 from engine.layers.moe import SparseMoE
 from engine.layers.norm import RMSNorm
 from engine.layers.rope import RotaryEmbedding
-from engine.models.base import CausalLM, models
+from engine.models.base import CausalLM, models, run_layer
 from engine.quantization.base import SchemeMap
 
 
@@ -80,7 +80,7 @@ class Qwen3_5TextModel(nn.Module):
         x = self.embed_tokens(token_ids)
         cos, sin = self.rotary.cos_sin(ctx)
         for layer in self.layers:
-            x = layer(x, ctx, cos, sin)
+            x = run_layer(layer, x, ctx, cos, sin)
         return self.norm(x)  # type: ignore[no-any-return]
 
 

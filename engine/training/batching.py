@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.context import ForwardContext, packed_context
+from engine.context import ForwardContext, LayerRunner, packed_context
 from engine.lora.adapter import Adapter, LoRABatch
 from engine.training.dataset import Example
 from engine.training.seeds import derive_seed
@@ -104,10 +104,15 @@ class MicroBatch:
         """N."""
         return len(self.targets)
 
-    def context(self, adapter: Adapter | None, generator: torch.Generator | None = None) -> ForwardContext:
+    def context(
+        self,
+        adapter: Adapter | None,
+        generator: torch.Generator | None = None,
+        run_layer: LayerRunner | None = None,
+    ) -> ForwardContext:
         """For a forward of these examples; each attends to itself alone."""
         lora = None if adapter is None else LoRABatch([(adapter, 0, self.num_tokens)], self.num_tokens, generator)
-        return packed_context(self.lengths, device=self.token_ids.device, lora=lora)
+        return packed_context(self.lengths, device=self.token_ids.device, lora=lora, run_layer=run_layer)
 
 
 def micro_batches(

@@ -18,6 +18,7 @@ from engine.errors import FailedPreconditionError, InvalidArgumentError
 from engine.lora.adapter import Adapter
 from engine.training.batching import MicroBatch
 from engine.training.loss import LOGITS_CHUNK_BYTES, chunked_cross_entropy
+from engine.training.recompute import RecomputedLayers
 from engine.training.seeds import derive_seed
 
 ROUNDINGS = 8
@@ -57,14 +58,16 @@ class TrainingForward:
 
     Args:
         dtype: from resolve_dtype.
+        recomputes: keep the input of each decoder layer alone for the backward, which runs the layer again.
     """
 
-    def __init__(self, loaded: LoadedModel, dtype: torch.dtype) -> None:
+    def __init__(self, loaded: LoadedModel, dtype: torch.dtype, *, recomputes: bool = False) -> None:
         self._model = loaded.causal_lm()
         self._vocab_size = loaded.config.vocab_size
         self._device = loaded.device
         self._resident = loaded.dtype
         self.dtype = dtype
+        self._recomputes = recomputes
 
     def _autocast(self) -> contextlib.AbstractContextManager[object]:
         if self.dtype == self._resident:
@@ -73,8 +76,9 @@ class TrainingForward:
 
     def hidden(self, batch: MicroBatch, adapter: Adapter | None, generator: torch.Generator | None = None) -> Tensor:
         """Final hidden states [T, D], differentiable with respect to the adapter where gradients are on."""
+        run_layer = RecomputedLayers(generator) if self._recomputes else None
         with self._autocast():
-            hidden: Tensor = self._model(batch.token_ids, batch.context(adapter, generator))
+            hidden: Tensor = self._model(batch.token_ids, batch.context(adapter, generator, run_layer))
         return hidden
 
     def nll_sum(self, hidden: Tensor, batch: MicroBatch) -> Tensor:

@@ -75,9 +75,11 @@ def default_micro_batch_tokens(loaded: LoadedModel) -> int:
 
 def fingerprint(spec: TrainSpec, dataset: Dataset, loaded: LoadedModel) -> str:
     """Digest of all that determines the run's numbers: configuration, data and base weights."""
+    params = dataclasses.asdict(spec.params)
+    del params["activation_checkpointing"]  # changes no number: a run that did not fit may go on with it
     init = None if spec.init_adapter is None else [spec.init_adapter, spec.init_adapter_version]
     described = [
-        dataclasses.asdict(spec.params),
+        params,
         dataclasses.asdict(spec.lora) if init is None else init,
         dataset.digest,
         loaded.info.weights_digest,

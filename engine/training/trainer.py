@@ -81,7 +81,9 @@ class _Run:
         validate_params(params)
         if not loaded.adapters.can_publish:
             raise FailedPreconditionError("the engine has no state directory to publish to", reason="NO_STATE_DIR")
-        self._forward = TrainingForward(loaded, resolve_dtype(params.compute_dtype, loaded.dtype))
+        self._forward = TrainingForward(
+            loaded, resolve_dtype(params.compute_dtype, loaded.dtype), recomputes=params.activation_checkpointing
+        )
         self._dataset = read_dataset(Path(spec.dataset_path))
         validate_dataset(self._dataset, spec, loaded)
         self._order = BatchOrder(len(self._dataset.train), params.batch_size, params.seed, params.shuffle)

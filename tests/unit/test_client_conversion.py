@@ -183,6 +183,7 @@ TRAIN: TrainOptions = {
     "publish_every": 5,
     "publish": "last",
     "forward_tolerance": 1e-2,
+    "activation_checkpointing": True,
     "on_disconnect": "cancel",
     "request_id": "mine",
 }

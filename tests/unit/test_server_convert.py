@@ -119,6 +119,13 @@ def test_training_values_out_of_range_are_refused_by_path(field: str, value: obj
     assert caught.value.field == f"params.{field}"
 
 
+def test_activation_checkpointing_is_taken_and_archived() -> None:
+    message = train_config(activation_checkpointing=True)
+    request = convert_training.from_train_config(message, INFO, CONFIG)
+    assert request.params == TrainParams(max_steps=3, activation_checkpointing=True)
+    assert json.loads(convert_training.to_resolved_config(request, message))["params"]["activation_checkpointing"]
+
+
 @pytest.mark.parametrize(
     "lora",
     [

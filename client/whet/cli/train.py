@@ -48,7 +48,7 @@ _OPTIONS: tuple[tuple[str, Any, str], ...] = (
 def _train_options(function: Any) -> Any:
     for name, kind, text in reversed(_OPTIONS):
         function = click.option(f"--{name}", type=kind, default=None, help=text)(function)
-    for name in ("packing", "shuffle", "use-rslora"):
+    for name in ("packing", "shuffle", "use-rslora", "activation-checkpointing"):
         function = click.option(f"--{name}/--no-{name}", default=None)(function)
     function = click.option("--target-module", "target_modules", multiple=True, help="Repeatable.")(function)
     return click.option("--layer", "layers", type=int, multiple=True, help="Repeatable.")(function)

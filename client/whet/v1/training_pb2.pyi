@@ -501,6 +501,7 @@ class TrainParams(_message.Message):
     PUBLISH_EVERY_FIELD_NUMBER: _builtins.int
     PUBLISH_FIELD_NUMBER: _builtins.int
     FORWARD_TOLERANCE_FIELD_NUMBER: _builtins.int
+    ACTIVATION_CHECKPOINTING_FIELD_NUMBER: _builtins.int
     learning_rate: _builtins.float
     """Default: 1e-4."""
     optimizer: Global___Optimizer.ValueType
@@ -551,6 +552,10 @@ class TrainParams(_message.Message):
     """Which weights go live at the end. Default: PUBLISH_BEST."""
     forward_tolerance: _builtins.float
     """Largest absolute difference of logits, training against serving forward, that is accepted. Default: 1e-3."""
+    activation_checkpointing: _builtins.bool
+    """Keep the input of each decoder layer alone for the backward, which runs the layer again: the same losses from less
+    memory, for the time of a second forward. Default: false.
+    """
     def __init__(
         self,
         *,
@@ -580,11 +585,14 @@ class TrainParams(_message.Message):
         publish_every: _builtins.int | None = ...,
         publish: Global___Publish.ValueType = ...,
         forward_tolerance: _builtins.float | None = ...,
+        activation_checkpointing: _builtins.bool | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size", "_beta1", b"_beta1", "_beta2", b"_beta2", "_checkpoint_every", b"_checkpoint_every", "_early_stopping_patience", b"_early_stopping_patience", "_epochs", b"_epochs", "_eps", b"_eps", "_eval_every", b"_eval_every", "_forward_tolerance", b"_forward_tolerance", "_gradient_accumulation_steps", b"_gradient_accumulation_steps", "_learning_rate", b"_learning_rate", "_max_grad_norm", b"_max_grad_norm", "_max_seq_len", b"_max_seq_len", "_max_steps", b"_max_steps", "_momentum", b"_momentum", "_packing", b"_packing", "_publish_every", b"_publish_every", "_seed", b"_seed", "_shuffle", b"_shuffle", "_warmup_steps", b"_warmup_steps", "_weight_decay", b"_weight_decay", "batch_size", b"batch_size", "beta1", b"beta1", "beta2", b"beta2", "checkpoint_every", b"checkpoint_every", "early_stopping_patience", b"early_stopping_patience", "epochs", b"epochs", "eps", b"eps", "eval_every", b"eval_every", "forward_tolerance", b"forward_tolerance", "gradient_accumulation_steps", b"gradient_accumulation_steps", "learning_rate", b"learning_rate", "max_grad_norm", b"max_grad_norm", "max_seq_len", b"max_seq_len", "max_steps", b"max_steps", "momentum", b"momentum", "packing", b"packing", "publish_every", b"publish_every", "seed", b"seed", "shuffle", b"shuffle", "warmup_steps", b"warmup_steps", "weight_decay", b"weight_decay"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_activation_checkpointing", b"_activation_checkpointing", "_batch_size", b"_batch_size", "_beta1", b"_beta1", "_beta2", b"_beta2", "_checkpoint_every", b"_checkpoint_every", "_early_stopping_patience", b"_early_stopping_patience", "_epochs", b"_epochs", "_eps", b"_eps", "_eval_every", b"_eval_every", "_forward_tolerance", b"_forward_tolerance", "_gradient_accumulation_steps", b"_gradient_accumulation_steps", "_learning_rate", b"_learning_rate", "_max_grad_norm", b"_max_grad_norm", "_max_seq_len", b"_max_seq_len", "_max_steps", b"_max_steps", "_momentum", b"_momentum", "_packing", b"_packing", "_publish_every", b"_publish_every", "_seed", b"_seed", "_shuffle", b"_shuffle", "_warmup_steps", b"_warmup_steps", "_weight_decay", b"_weight_decay", "activation_checkpointing", b"activation_checkpointing", "batch_size", b"batch_size", "beta1", b"beta1", "beta2", b"beta2", "checkpoint_every", b"checkpoint_every", "early_stopping_patience", b"early_stopping_patience", "epochs", b"epochs", "eps", b"eps", "eval_every", b"eval_every", "forward_tolerance", b"forward_tolerance", "gradient_accumulation_steps", b"gradient_accumulation_steps", "learning_rate", b"learning_rate", "max_grad_norm", b"max_grad_norm", "max_seq_len", b"max_seq_len", "max_steps", b"max_steps", "momentum", b"momentum", "packing", b"packing", "publish_every", b"publish_every", "seed", b"seed", "shuffle", b"shuffle", "warmup_steps", b"warmup_steps", "weight_decay", b"weight_decay"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size", "_beta1", b"_beta1", "_beta2", b"_beta2", "_checkpoint_every", b"_checkpoint_every", "_early_stopping_patience", b"_early_stopping_patience", "_epochs", b"_epochs", "_eps", b"_eps", "_eval_every", b"_eval_every", "_forward_tolerance", b"_forward_tolerance", "_gradient_accumulation_steps", b"_gradient_accumulation_steps", "_learning_rate", b"_learning_rate", "_max_grad_norm", b"_max_grad_norm", "_max_seq_len", b"_max_seq_len", "_max_steps", b"_max_steps", "_momentum", b"_momentum", "_packing", b"_packing", "_publish_every", b"_publish_every", "_seed", b"_seed", "_shuffle", b"_shuffle", "_warmup_steps", b"_warmup_steps", "_weight_decay", b"_weight_decay", "batch_size", b"batch_size", "beta1", b"beta1", "beta2", b"beta2", "checkpoint_every", b"checkpoint_every", "compute_dtype", b"compute_dtype", "early_stopping_patience", b"early_stopping_patience", "epochs", b"epochs", "eps", b"eps", "eval_every", b"eval_every", "forward_tolerance", b"forward_tolerance", "gradient_accumulation_steps", b"gradient_accumulation_steps", "learning_rate", b"learning_rate", "loss_on", b"loss_on", "max_grad_norm", b"max_grad_norm", "max_seq_len", b"max_seq_len", "max_steps", b"max_steps", "momentum", b"momentum", "optimizer", b"optimizer", "packing", b"packing", "publish", b"publish", "publish_every", b"publish_every", "schedule", b"schedule", "seed", b"seed", "shuffle", b"shuffle", "warmup_steps", b"warmup_steps", "weight_decay", b"weight_decay"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_activation_checkpointing", b"_activation_checkpointing", "_batch_size", b"_batch_size", "_beta1", b"_beta1", "_beta2", b"_beta2", "_checkpoint_every", b"_checkpoint_every", "_early_stopping_patience", b"_early_stopping_patience", "_epochs", b"_epochs", "_eps", b"_eps", "_eval_every", b"_eval_every", "_forward_tolerance", b"_forward_tolerance", "_gradient_accumulation_steps", b"_gradient_accumulation_steps", "_learning_rate", b"_learning_rate", "_max_grad_norm", b"_max_grad_norm", "_max_seq_len", b"_max_seq_len", "_max_steps", b"_max_steps", "_momentum", b"_momentum", "_packing", b"_packing", "_publish_every", b"_publish_every", "_seed", b"_seed", "_shuffle", b"_shuffle", "_warmup_steps", b"_warmup_steps", "_weight_decay", b"_weight_decay", "activation_checkpointing", b"activation_checkpointing", "batch_size", b"batch_size", "beta1", b"beta1", "beta2", b"beta2", "checkpoint_every", b"checkpoint_every", "compute_dtype", b"compute_dtype", "early_stopping_patience", b"early_stopping_patience", "epochs", b"epochs", "eps", b"eps", "eval_every", b"eval_every", "forward_tolerance", b"forward_tolerance", "gradient_accumulation_steps", b"gradient_accumulation_steps", "learning_rate", b"learning_rate", "loss_on", b"loss_on", "max_grad_norm", b"max_grad_norm", "max_seq_len", b"max_seq_len", "max_steps", b"max_steps", "momentum", b"momentum", "optimizer", b"optimizer", "packing", b"packing", "publish", b"publish", "publish_every", b"publish_every", "schedule", b"schedule", "seed", b"seed", "shuffle", b"shuffle", "warmup_steps", b"warmup_steps", "weight_decay", b"weight_decay"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__activation_checkpointing: _TypeAlias = _typing.Literal["activation_checkpointing"]  # noqa: Y015
+    _WhichOneofArgType__activation_checkpointing: _TypeAlias = _typing.Literal["_activation_checkpointing", b"_activation_checkpointing"]  # noqa: Y015
     _WhichOneofReturnType__batch_size: _TypeAlias = _typing.Literal["batch_size"]  # noqa: Y015
     _WhichOneofArgType__batch_size: _TypeAlias = _typing.Literal["_batch_size", b"_batch_size"]  # noqa: Y015
     _WhichOneofReturnType__beta1: _TypeAlias = _typing.Literal["beta1"]  # noqa: Y015
@@ -627,6 +635,8 @@ class TrainParams(_message.Message):
     _WhichOneofArgType__warmup_steps: _TypeAlias = _typing.Literal["_warmup_steps", b"_warmup_steps"]  # noqa: Y015
     _WhichOneofReturnType__weight_decay: _TypeAlias = _typing.Literal["weight_decay"]  # noqa: Y015
     _WhichOneofArgType__weight_decay: _TypeAlias = _typing.Literal["_weight_decay", b"_weight_decay"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__activation_checkpointing) -> _WhichOneofReturnType__activation_checkpointing | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__batch_size) -> _WhichOneofReturnType__batch_size | None: ...
     @_typing.overload
