@@ -50,6 +50,15 @@ class ModelInfo:
     state_bytes: int = 0
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterSource:
+    """A version of an adapter and what its update is multiplied by."""
+
+    name: str
+    version: int
+    weight: float
+
+
 @dataclass(slots=True, kw_only=True)
 class AdapterInfo:
     """One version of an adapter.
@@ -62,6 +71,12 @@ class AdapterInfo:
         created_at: seconds since the epoch; None if not known.
         run_id: of the training run that made it, or "".
         base_digest: weights_digest of the model it was trained on, or "" if not known.
+        parent: name and version of the adapter that training went on from; the name that it has now.
+        data_digest: of the tokenised examples that it was trained on, or "".
+        sources: what it was combined from, under the names that they have now.
+        combination: how: "cat" or "linear"; "" for what was not combined.
+        forced: it, or a source of it, was loaded onto other base weights than it was trained on, because a caller
+            insisted.
     """
 
     model: str
@@ -79,6 +94,11 @@ class AdapterInfo:
     run_id: str = ""
     base_digest: str = ""
     best_nll: float | None = None
+    parent: tuple[str, int] | None = None
+    data_digest: str = ""
+    sources: list[AdapterSource] = field(default_factory=list)
+    combination: str = ""
+    forced: bool = False
 
 
 @dataclass(slots=True, kw_only=True)

@@ -302,6 +302,15 @@ def to_embeddings(event: EmbedFinished, *, request_id: str, seconds: float) -> e
 # ----------------------------------------------------------------------------------------------- models and adapters
 
 _TASKS = {"generate": model_pb2.TASK_GENERATE, "embed": model_pb2.TASK_EMBED}
+COMBINATION_METHODS: dict[int, str] = {
+    model_pb2.COMBINATION_METHOD_CAT: "cat",
+    model_pb2.COMBINATION_METHOD_LINEAR: "linear",
+}
+_COMBINATION_NUMBERS: dict[str, model_pb2.CombinationMethod.ValueType] = {
+    "": model_pb2.COMBINATION_METHOD_UNSPECIFIED,
+    "cat": model_pb2.COMBINATION_METHOD_CAT,
+    "linear": model_pb2.COMBINATION_METHOD_LINEAR,
+}
 _MODEL_STATES = {
     "unloaded": model_pb2.MODEL_STATE_UNLOADED,
     "loading": model_pb2.MODEL_STATE_LOADING,
@@ -362,4 +371,16 @@ def to_adapter(info: AdapterInfo) -> model_pb2.Adapter:
         run_id=info.run_id,
         base_digest=info.base_digest,
         best_nll=info.best_nll,
+        parent=None if info.parent is None else _to_version(*info.parent),
+        data_digest=info.data_digest,
+        sources=[
+            model_pb2.WeightedAdapter(adapter=_to_version(source.name, source.version), weight=source.weight)
+            for source in info.sources
+        ],
+        combination_method=_COMBINATION_NUMBERS[info.combination],
+        forced=info.forced,
     )
+
+
+def _to_version(name: str, version: int) -> model_pb2.AdapterVersion:
+    return model_pb2.AdapterVersion(name=name, version=version)

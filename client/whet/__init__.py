@@ -46,6 +46,7 @@ from whet.events import (
 from whet.types import (
     Adaptation,
     AdapterInfo,
+    AdapterVersion,
     Chunk,
     Completion,
     Embeddings,
@@ -63,6 +64,7 @@ from whet.types import (
     Timings,
     TokenLogprob,
     Usage,
+    WeightedAdapter,
 )
 
 __version__ = "0.1.0"
@@ -71,6 +73,7 @@ __all__ = [
     "TLS",
     "Adaptation",
     "AdapterInfo",
+    "AdapterVersion",
     "AlreadyExistsError",
     "AsyncClient",
     "AsyncGeneration",
@@ -120,5 +123,6 @@ __all__ = [
     "UnimplementedError",
     "Usage",
     "Warned",
+    "WeightedAdapter",
     "WhetError",
 ]

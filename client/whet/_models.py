@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from whet._values import enum_word, fill, moment, new_request_id, optional, seconds
-from whet.types import AdapterInfo, ModelInfo
+from whet.errors import NotFoundError
+from whet.types import AdapterInfo, AdapterVersion, ModelInfo, WeightedAdapter
 from whet.v1 import model_pb2
 
 PAGE_SIZE = 500
@@ -59,7 +62,54 @@ def from_adapter(adapter: model_pb2.Adapter) -> AdapterInfo:
         run_id=adapter.run_id,
         base_digest=adapter.base_digest,
         best_nll=optional(adapter, "best_nll"),
+        parent=_from_version(adapter.parent) if adapter.HasField("parent") else None,
+        data_digest=adapter.data_digest,
+        sources=[from_weighted(source) for source in adapter.sources],
+        combination_method=enum_word(model_pb2.CombinationMethod, "COMBINATION_METHOD_", adapter.combination_method),
+        forced=adapter.forced,
     )
+
+
+def _from_version(version: model_pb2.AdapterVersion) -> AdapterVersion:
+    return AdapterVersion(name=version.name, version=optional(version, "version"))
+
+
+def from_weighted(source: model_pb2.WeightedAdapter) -> WeightedAdapter:
+    """A version and its weight."""
+    return WeightedAdapter(name=source.adapter.name, version=optional(source.adapter, "version"), weight=source.weight)
+
+
+def ancestors(name: str, version: int | None, adapters: Sequence[AdapterInfo]) -> list[AdapterInfo]:
+    """What a version came from, and itself: each after all that it came from. Versions that were deleted are missing.
+
+    Args:
+        version: None: the live one.
+        adapters: all of one model.
+    Raises:
+        NotFoundError: there is no such version.
+    """
+    known: dict[tuple[str, int | None], AdapterInfo] = {(a.name, a.version): a for a in adapters}
+    chosen = next(
+        (a for a in adapters if a.name == name and (a.live if version is None else a.version == version)), None
+    )
+    if chosen is None:
+        what = "live version" if version is None else f"version {version}"
+        raise NotFoundError(f"there is no {what} of an adapter {name!r}", reason="ADAPTER_VERSION_NOT_FOUND")
+    ordered: dict[tuple[str, int], AdapterInfo] = {}
+    waiting = [chosen]
+    while waiting:
+        adapter = waiting[-1]
+        origins: list[AdapterVersion | WeightedAdapter] = [
+            *([adapter.parent] if adapter.parent else ()),
+            *adapter.sources,
+        ]
+        found = (known.get((origin.name, origin.version or 0)) for origin in origins)
+        missing = [a for a in found if a is not None and (a.name, a.version) not in ordered and a not in waiting]
+        if missing:
+            waiting.append(missing[0])
+        else:
+            ordered[adapter.name, adapter.version] = waiting.pop()
+    return list(ordered.values())
 
 
 def list_adapters_request(

@@ -369,6 +369,15 @@ class Client:
         response = self._caller.unary(self._model.GetAdapter, request, request.request_id, timeout=timeout)
         return _models.from_adapter(response.adapter)
 
+    def adapter_lineage(
+        self, name: str, *, model: str, version: int | None = None, timeout: float | None = None
+    ) -> list[AdapterInfo]:
+        """What a version (the live one unless named) came from, and itself: each after its parent and its sources.
+
+        Versions that were deleted are missing; what came from them still names them.
+        """
+        return _models.ancestors(name, version, self.adapters(model=model, timeout=timeout))
+
     def load_adapter(
         self, name: str, *, model: str, version: int | None = None, timeout: float | None = None
     ) -> AdapterInfo:

@@ -305,6 +305,33 @@ class ModelInfo:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterVersion:
+    """Name and number of a version of an adapter. Attributes: version: None, in a request: the live one."""
+
+    name: str
+    version: int | None = None
+
+    def __str__(self) -> str:
+        return self.name if self.version is None else f"{self.name}:{self.version}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightedAdapter:
+    """A version of an adapter and what its update of the base weights is multiplied by.
+
+    Attributes:
+        version: None, in a request: the live one.
+    """
+
+    name: str
+    version: int | None = None
+    weight: float = 1.0
+
+    def __str__(self) -> str:
+        return f"{self.weight:g}*{AdapterVersion(name=self.name, version=self.version)}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class AdapterInfo:
     """One version of an adapter.
 
@@ -315,6 +342,11 @@ class AdapterInfo:
         run_id: of the training run that made it, or "".
         base_digest: ``weights_digest`` of the model that it was trained on, or "".
         best_nll: held-out, of its training run.
+        parent: the version that training went on from; it may have been deleted since.
+        data_digest: SHA-256 of the tokenized examples that its run trained on, or "".
+        sources: what it was combined from; they may have been deleted since.
+        combination_method: "cat" or "linear"; "" for what was not combined.
+        forced: it, or one of its sources, was trained on other base weights, and a caller insisted on it.
     """
 
     model: str
@@ -331,6 +363,11 @@ class AdapterInfo:
     run_id: str
     base_digest: str
     best_nll: float | None
+    parent: AdapterVersion | None = None
+    data_digest: str = ""
+    sources: list[WeightedAdapter] = field(default_factory=list)
+    combination_method: str = ""
+    forced: bool = False
 
 
 # ---------------------------------------------------------------------------------------------------------- training

@@ -7,6 +7,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
+
+from engine.info import AdapterSource
+from engine.lora.peft import BASE_DIGEST_KEY, WEIGHTS_NAME
+
 LINEAGE_NAME = "lineage.json"
 MAX_LINEAGE_BYTES = 1 << 16
 
@@ -20,7 +25,11 @@ class Lineage:
         run_id: of the training run, or "".
         base_digest: weights_digest of the model it belongs to, or "" if not known.
         best_nll: held-out NLL of these weights, nats per token; None if not measured.
-        parent: adapter name and version that training went on from.
+        parent: adapter name and version that training went on from, as they were called then.
+        data_digest: of the tokenised examples that the run trained on (engine.training.dataset), or "".
+        sources: what it was combined from, as they were called then.
+        combination: how: see engine.lora.combine; "" for what was not combined.
+        forced: a source was trained on other base weights.
     """
 
     created_at: float | None = None
@@ -28,6 +37,10 @@ class Lineage:
     base_digest: str = ""
     best_nll: float | None = None
     parent: tuple[str, int] | None = None
+    data_digest: str = ""
+    sources: tuple[AdapterSource, ...] = ()
+    combination: str = ""
+    forced: bool = False
 
     def encode(self) -> bytes:
         """As JSON."""
@@ -63,4 +76,34 @@ class Lineage:
             base_digest=text("base_digest"),
             best_nll=number("best_nll"),
             parent=(str(parent[0]), parent[1]) if known and parent is not None else None,
+            data_digest=text("data_digest"),
+            sources=_sources(values.get("sources")),
+            combination=text("combination"),
+            forced=values.get("forced") is True,
         )
+
+
+def _sources(values: Any) -> tuple[AdapterSource, ...]:
+    try:
+        return tuple(
+            AdapterSource(name=str(value["name"]), version=int(value["version"]), weight=float(value["weight"]))
+            for value in values or ()
+        )
+    except (TypeError, KeyError, ValueError):
+        return ()
+
+
+def base_digest_of(directory: Path) -> str:
+    """Digest of the base weights that an adapter's files say they were trained on; "" where they do not.
+
+    An adapter that this project wrote says so in its lineage and, where only its PEFT files came along, in the
+    metadata of its tensors.
+    """
+    known = Lineage.read(directory).base_digest
+    if known:
+        return known
+    try:
+        with safe_open(str(directory / WEIGHTS_NAME), framework="pt") as file:
+            return str((file.metadata() or {}).get(BASE_DIGEST_KEY, ""))
+    except (SafetensorError, OSError):
+        return ""  # reading its tensors tells what is wrong with it

@@ -29,6 +29,9 @@ from engine.lora.adapter import Adapter
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 
+BASE_DIGEST_KEY = "base_weights_digest"
+"""In the metadata of the tensors: weights_digest of the model that the adapter belongs to. PEFT passes over it."""
+
 MAX_CONFIG_BYTES = 1 << 20
 MAX_WEIGHTS_BYTES = 4 << 30
 MAX_RANK = 4096
@@ -350,13 +353,16 @@ def _some(names: Iterable[str]) -> str:
 # -------------------------------------------------------------------------------------------------------------- writing
 
 
-def save_adapter(directory: Path, adapter: Adapter, linears: Iterable[str], *, base_model: str) -> None:
+def save_adapter(
+    directory: Path, adapter: Adapter, linears: Iterable[str], *, base_model: str, base_digest: str = ""
+) -> None:
     """Writes an adapter so that ``PeftModel.from_pretrained`` loads it; the files are on the disk when this returns.
 
     Args:
         directory: exists; atomicity is the caller's, who renames it.
         linears: names of all adaptable modules of the model, from which the shortest description is found.
         base_model: for base_model_name_or_path.
+        base_digest: of the base weights; "": not known.
     """
     targets, layers = describe_targets(adapter.modules, linears)
     values: dict[str, Any] = {
@@ -384,7 +390,8 @@ def save_adapter(directory: Path, adapter: Adapter, linears: Iterable[str], *, b
         for factor, value in (("lora_A", a), ("lora_B", b)):
             tensors[f"{_PREFIX}{module}.{factor}.weight"] = value.detach().to("cpu", torch.float32).contiguous()
     write_synced(directory / CONFIG_NAME, (json.dumps(values, indent=2) + "\n").encode())
-    save_file(tensors, str(directory / WEIGHTS_NAME), metadata={"format": "pt"})
+    metadata = {"format": "pt"} | ({BASE_DIGEST_KEY: base_digest} if base_digest else {})
+    save_file(tensors, str(directory / WEIGHTS_NAME), metadata=metadata)
     sync_file(directory / WEIGHTS_NAME)
 
 

@@ -14,29 +14,34 @@ import logging
 import shutil
 import time
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
 
-from engine.errors import EngineError, FailedPreconditionError, FormatError, NotFoundError
-from engine.info import AdapterInfo
+from engine.errors import (
+    AlreadyExistsError,
+    EngineError,
+    FailedPreconditionError,
+    InvalidArgumentError,
+    NotFoundError,
+)
+from engine.info import AdapterInfo, AdapterSource
 from engine.lora.adapter import Adapter
-from engine.lora.lineage import LINEAGE_NAME, Lineage
+from engine.lora.describe import describe_loaded, describe_stored
+from engine.lora.lineage import LINEAGE_NAME, Lineage, base_digest_of
 from engine.lora.peft import (
     CONFIG_NAME,
     WEIGHTS_NAME,
     LinearLike,
     load_adapter,
-    read_config,
     save_adapter,
     sync_file,
     write_synced,
 )
-from engine.lora.versions import StoredVersions
+from engine.lora.versions import AdapterState, FormerName, StoredVersions
 from engine.names import validate_name
 
 logger = logging.getLogger(__name__)
@@ -80,7 +85,7 @@ class AdapterStore:
         self._base_digest = base_digest
         self._live: dict[str, Adapter] = {}
         self._old: OrderedDict[tuple[str, int], Adapter] = OrderedDict()
-        self._external: dict[str, tuple[Adapter, Path]] = {}
+        self._external: dict[str, tuple[Adapter, AdapterInfo]] = {}
         # Of versions on disk, without what changes: a version never does, nor is its number used again.
         self._infos: dict[tuple[str, int], AdapterInfo] = {}
         self._scan()
@@ -111,6 +116,8 @@ class AdapterStore:
         if version == 0 and name in self._external:
             return self._external[name][0]
         key = (name, version)
+        if not self._stored.exists(name, version):
+            self._old.pop(key, None)  # another process deleted it
         if key not in self._old:
             if live is None and not self._stored.state(name).loaded:
                 raise self._unknown(name)
@@ -120,13 +127,35 @@ class AdapterStore:
         self._old.move_to_end(key)
         return self._old[key]
 
+    def read_exact(self, name: str, version: int | None = None, *, force: bool = False) -> Adapter:
+        """A version as its files have it: float32, on the CPU; in memory it may be rounded to the model's type.
+
+        Args:
+            version: None: the live one.
+            force: also one of other base weights, if the shapes fit.
+        Raises:
+            NotFoundError: there is no such adapter or version.
+            FailedPreconditionError: it belongs to other base weights.
+        """
+        version = self._resolve(name, version)
+        directory = self.path(name, version)
+        if version > 0 and not force:
+            self._refuse_other_base(name, version, base_digest_of(directory))
+        return load_adapter(directory, self._linears, name=name, version=version, dtype=torch.float32)
+
+    def present(self, name: str, version: int) -> tuple[str, int]:
+        """Name and version under which the weights go now that once were this name's and version's."""
+        return self._stored.present(name, version)
+
     def list(self) -> list[AdapterInfo]:
         """Every version, in memory or on disk; by name, then version."""
         infos = [self._info_of_external(name) for name in self._external]
+        former_names = self._stored.former_names()
         for name in self._stored.names():
+            state = self._stored.state(name)
             for version in self._stored.versions(name):
                 try:
-                    infos.append(self._info(name, version))
+                    infos.append(self._info(name, version, state, former_names))
                 except EngineError as error:
                     logger.warning("adapter %s version %d of %s: %s", name, version, self._model_name, error.message)
         return sorted(infos, key=lambda info: (info.name, info.version))
@@ -147,7 +176,7 @@ class AdapterStore:
             NotFoundError: there is no such adapter or version.
         """
         version = self._resolve(name, version)
-        return self._external[name][1] if version == 0 else self._stored.directory(name, version)
+        return Path(self._external[name][1].path) if version == 0 else self._stored.directory(name, version)
 
     # -------------------------------------------------------------------------------------------------------- change
 
@@ -159,19 +188,34 @@ class AdapterStore:
         base_digest: str | None = None,
         best_nll: float | None = None,
         parent: tuple[str, int] | None = None,
+        data_digest: str = "",
+        sources: Sequence[AdapterSource] = (),
+        combination: str = "",
+        forced: bool = False,
     ) -> AdapterInfo:
         """Stores an adapter as the next version of ``adapter.name`` and makes it live. The tensors are copied.
 
         Args:
             base_digest: None: that of this model.
+            run_id, best_nll, parent, data_digest, sources, combination, forced: see Lineage.
         Raises:
             FailedPreconditionError: there is no directory to store it in.
         """
         name = validate_name(adapter.name, "adapter")
         digest = self._base_digest if base_digest is None else base_digest
-        lineage = Lineage(created_at=time.time(), run_id=run_id, base_digest=digest, best_nll=best_nll, parent=parent)
+        lineage = Lineage(
+            created_at=time.time(),
+            run_id=run_id,
+            base_digest=digest,
+            best_nll=best_nll,
+            parent=parent,
+            data_digest=data_digest,
+            sources=tuple(sources),
+            combination=combination,
+            forced=forced,
+        )
         with self._stored.new_version(name) as directory:
-            save_adapter(directory, adapter, self._linears, base_model=self._model_name)
+            save_adapter(directory, adapter, self._linears, base_model=self._model_name, base_digest=digest)
             write_synced(directory / LINEAGE_NAME, lineage.encode())
             version = self._stored.commit(name, directory)
         modules = {
@@ -182,40 +226,58 @@ class AdapterStore:
         self._make_live(name, published)
         return self._info(name, version)
 
-    def import_staged(self, name: str, staged: Path) -> AdapterInfo:
+    def import_staged(self, name: str, staged: Path, *, force: bool = False) -> AdapterInfo:
         """Checks an uploaded PEFT directory and stores its two files as the next version, which becomes live. The
-        staged directory is removed once that is done.
+        staged directory is removed once that is done. Files that do not say which base weights they belong to are
+        taken to belong to these.
 
+        Args:
+            force: also take files of other base weights, if the shapes fit.
         Raises:
             FormatError, ShapeError, NotFoundError: what is there is no adapter for this model; nothing was stored.
+            FailedPreconditionError: it says that it belongs to other base weights.
         """
         validate_name(name, "adapter")
+        digest = base_digest_of(staged) or self._base_digest
+        if not force:
+            self._refuse_other_base(name, 0, digest)
         adapter = self._load(staged, name, 0)
-        lineage = Lineage(created_at=time.time(), base_digest=self._base_digest)
+        lineage = Lineage(created_at=time.time(), base_digest=digest)
+        forced_onto = self._base_digest if digest != self._base_digest else ""
         with self._stored.new_version(name) as directory:
             for file in (CONFIG_NAME, WEIGHTS_NAME):
                 shutil.copyfile(staged / file, directory / file)
                 sync_file(directory / file)
             write_synced(directory / LINEAGE_NAME, lineage.encode())
-            version = self._stored.commit(name, directory)
+            version = self._stored.commit(name, directory, forced_onto=forced_onto)
         self._make_live(name, replace(adapter, version=version))
         shutil.rmtree(staged, ignore_errors=True)
         return self._info(name, version)
 
-    def add_from_path(self, name: str, path: Path) -> AdapterInfo:
+    def add_from_path(self, name: str, path: Path, *, force: bool = False) -> AdapterInfo:
         """Loads a PEFT directory that the operator names, as version 0, live. It is not copied into the store.
 
+        Args:
+            force: also load one of other base weights, if the shapes fit.
         Raises:
             FormatError, ShapeError, NotFoundError: what is there is no adapter for this model.
+            FailedPreconditionError: it says that it belongs to other base weights.
         """
-        adapter = self._load(path, validate_name(name, "adapter"), 0)
-        self._external[name] = (adapter, path)
+        validate_name(name, "adapter")
+        if not force:
+            self._refuse_other_base(name, 0, base_digest_of(path))
+        adapter = self._load(path, name, 0)
+        info = describe_loaded(adapter, path, model=self._model_name)
+        self._external[name] = adapter, replace(info, forced=self._is_other_base(info.base_digest))
         self._live[name] = adapter
         return self._info_of_external(name)
 
-    def load(self, name: str, version: int | None = None) -> AdapterInfo:
+    def load(self, name: str, version: int | None = None, *, force: bool = False) -> AdapterInfo:
         """Reads a version and makes it live; None: the newest stored one, or version 0 where none is.
 
+        Args:
+            force: also one of other base weights, if the shapes fit. It is remembered: until the base changes once
+                more, this version loads without force.
         Raises:
             NotFoundError: there is no such adapter or version.
             FailedPreconditionError: it belongs to other base weights.
@@ -230,7 +292,10 @@ class AdapterStore:
             return self._info_of_external(name)
         live = self._live.get(name)
         if live is None or live.version != version:
-            live = self._take_old(name, version) or self._read(name, version)
+            live = self._take_old(name, version) or self._read(name, version, force=force)
+            if force and self._is_other_base(base_digest_of(self._stored.directory(name, version))):
+                state = self._stored.state(name)
+                self._stored.write_state(name, replace(state, forced=state.forced | {version: self._base_digest}))
         self._make_live(name, live)
         return self._info(name, version)
 
@@ -269,9 +334,7 @@ class AdapterStore:
         left = [v for v in stored if v not in gone]
         if state.live in gone:
             # Written first: a crash in between leaves versions that are not live, never a live one that is gone.
-            self._stored.write_state(
-                name, replace(state, live=left[-1] if left else 0, next=max(state.next, stored[-1] + 1))
-            )
+            self._stored.write_state(name, replace(state, live=left[-1] if left else 0))
         for v in gone:
             self._stored.remove(name, v)
             self._old.pop((name, v), None)
@@ -281,6 +344,87 @@ class AdapterStore:
             del self._live[name]
             if left:
                 self._live[name] = self._take_old(name, left[-1]) or self._read(name, left[-1])
+
+    def prune(
+        self,
+        name: str | None,
+        keep_last: int,
+        *,
+        keep: Collection[tuple[str, int]] = (),
+        dry_run: bool = False,
+    ) -> Sequence[AdapterInfo]:
+        """Deletes versions that are neither live, nor among the newest, nor needed.
+
+        Args:
+            name: None: of every adapter.
+            keep_last: newest versions of each adapter to keep.
+            keep: names and versions that somebody needs.
+            dry_run: delete nothing.
+        Returns: what was deleted, or would be, as it was; by name, then version.
+        Raises:
+            InvalidArgumentError: keep_last is negative.
+            NotFoundError: there is no such adapter.
+        """
+        if keep_last < 0:
+            raise InvalidArgumentError(f"keep_last is {keep_last}; accepted: 0 or more", field="keep_last")
+        if (
+            name is not None
+            and not self._stored.versions(validate_name(name, "adapter"))
+            and name not in self._external
+        ):
+            raise self._unknown(name)
+        former_names = self._stored.former_names()
+        needed = {self._stored.present(*version, former_names) for version in keep}
+        needed |= {(live.name, live.version) for live in self._live.values()}
+        pruned = []
+        for each in self._stored.names() if name is None else (name,):
+            stored, state = self._stored.versions(each), self._stored.state(each)
+            newest = stored[max(0, len(stored) - keep_last) :]
+            pruned += [
+                self._info(each, version, state, former_names)
+                for version in stored
+                if version not in newest and version != state.live and (each, version) not in needed
+            ]
+        if not dry_run:
+            for info in pruned:
+                self.delete(info.name, info.version)
+        return pruned
+
+    def rename(self, name: str, new_name: str, *, on_disk: bool = True) -> None:
+        """Gives an adapter another name. Its versions keep their numbers; who holds one keeps it.
+
+        Args:
+            on_disk: False: another process of the same directory has done that part.
+        Raises:
+            NotFoundError: there is no such adapter.
+            AlreadyExistsError: there is one of the new name.
+            FailedPreconditionError: version 0, whose name is the operator's.
+        """
+        validate_name(new_name, "new_name")
+        if name in self._external:
+            raise FailedPreconditionError(
+                f"adapter {name!r} was loaded from a directory of the operator's, who named it; it cannot be renamed",
+                field="name",
+                reason="NOT_STORED",
+            )
+        if on_disk:
+            if not self._stored.versions(name):
+                raise self._unknown(name)
+            if new_name in self._external or self._stored.versions(new_name):
+                raise AlreadyExistsError(
+                    f"new_name is {new_name!r}, which model {self._model_name!r} has; accepted: a name that is not "
+                    "taken",
+                    field="new_name",
+                    reason="ADAPTER_EXISTS",
+                )
+            self._stored.rename(name, new_name)
+        live = self._live.pop(name, None)
+        if live is not None:
+            self._live[new_name] = replace(live, name=new_name)
+        for key in [key for key in self._old if key[0] == name]:
+            self._old[(new_name, key[1])] = replace(self._old.pop(key), name=new_name)
+        for key in [key for key in self._infos if key[0] in (name, new_name)]:
+            del self._infos[key]
 
     def _scan(self) -> None:
         """Loads what was live when the last process ended, and clears what a dead process left unfinished."""
@@ -294,19 +438,30 @@ class AdapterStore:
             except EngineError as error:
                 logger.warning("adapter %s of %s is not loaded: %s", name, self._model_name, error.message)
 
-    def _read(self, name: str, version: int) -> Adapter:
+    def _read(self, name: str, version: int, *, force: bool = False) -> Adapter:
         if version not in self._stored.versions(name):
             raise self._unknown(name, version)
         directory = self._stored.directory(name, version)
-        digest = Lineage.read(directory).base_digest
-        if digest and self._base_digest and digest != self._base_digest:
-            raise FailedPreconditionError(
-                f"adapter {name!r} version {version} was trained on other weights ({digest[:16]}) than those of "
-                f"model {self._model_name!r} ({self._base_digest[:16]})",
-                field="adapter",
-                reason="ADAPTER_BASE_MISMATCH",
-            )
+        if not force:
+            self._refuse_other_base(name, version, base_digest_of(directory))
         return self._load(directory, name, version)
+
+    def _refuse_other_base(self, name: str, version: int, digest: str) -> None:
+        """Raises FailedPreconditionError for an adapter of other base weights, unless it was forced onto these."""
+        if not self._is_other_base(digest):
+            return
+        if version > 0 and self._stored.state(name).forced.get(version) == self._base_digest:
+            return
+        raise FailedPreconditionError(
+            f"adapter {name!r}{f' version {version}' if version else ''} was trained on other weights ({digest[:16]}) "
+            f"than those of model {self._model_name!r} ({self._base_digest[:16]}); accepted: one of these weights, or "
+            "force",
+            field="adapter",
+            reason="ADAPTER_BASE_MISMATCH",
+        )
+
+    def _is_other_base(self, digest: str) -> bool:
+        return bool(digest and self._base_digest and digest != self._base_digest)
 
     def _load(self, directory: Path, name: str, version: int) -> Adapter:
         return load_adapter(
@@ -342,51 +497,40 @@ class AdapterStore:
             raise self._unknown(name, version)
         return version
 
-    def _info(self, name: str, version: int) -> AdapterInfo:
+    def _info(
+        self,
+        name: str,
+        version: int,
+        state: AdapterState | None = None,
+        former_names: Sequence[tuple[FormerName, str]] | None = None,
+    ) -> AdapterInfo:
         key = (name, version)
         if key not in self._infos:
-            self._infos[key] = self._read_info(name, version)
-        live = self._live.get(name)
+            self._infos[key] = describe_stored(
+                self._stored.directory(name, version), model=self._model_name, name=name, version=version
+            )
+        info, live = self._infos[key], self._live.get(name)
         is_live = live is not None and live.version == version
-        return replace(self._infos[key], live=is_live, loaded=is_live or key in self._old)
-
-    def _read_info(self, name: str, version: int) -> AdapterInfo:
-        directory = self._stored.directory(name, version)
-        lineage, config = Lineage.read(directory), read_config(directory)
-        targets, num_parameters = _stored_shape(directory)
-        return AdapterInfo(
-            model=self._model_name,
-            name=name,
-            version=version,
-            live=False,
-            loaded=False,
-            rank=config.rank,
-            alpha=config.alpha,
-            use_rslora=config.use_rslora,
-            target_modules=targets,
-            num_parameters=num_parameters,
-            path=str(directory),
-            created_at=lineage.created_at,
-            run_id=lineage.run_id,
-            base_digest=lineage.base_digest,
-            best_nll=lineage.best_nll,
+        if info.parent is not None or info.sources:
+            former_names = self._stored.former_names() if former_names is None else former_names
+        return replace(
+            info,
+            live=is_live,
+            loaded=is_live or key in self._old,
+            parent=None if info.parent is None else self._stored.present(*info.parent, former_names),
+            sources=[self._present_source(source, former_names) for source in info.sources],
+            forced=info.forced or version in (state or self._stored.state(name)).forced,
         )
+
+    def _present_source(
+        self, source: AdapterSource, former_names: Sequence[tuple[FormerName, str]] | None
+    ) -> AdapterSource:
+        name, _ = self._stored.present(source.name, source.version, former_names)
+        return replace(source, name=name)
 
     def _info_of_external(self, name: str) -> AdapterInfo:
-        adapter, path = self._external[name]
-        return AdapterInfo(
-            model=self._model_name,
-            name=name,
-            version=0,
-            live=self._live.get(name) is adapter,
-            loaded=True,
-            rank=adapter.rank,
-            alpha=adapter.alpha,
-            use_rslora=adapter.use_rslora,
-            target_modules=_targets(adapter),
-            num_parameters=adapter.num_parameters(),
-            path=str(path),
-        )
+        adapter, info = self._external[name]
+        return replace(info, live=self._live.get(name) is adapter)
 
     def _unknown(self, name: str, version: int | None = None) -> NotFoundError:
         stored = self._stored.versions(name)
@@ -411,18 +555,3 @@ class AdapterStore:
             field="adapter",
             reason="ADAPTER_NOT_FOUND",
         )
-
-
-def _targets(adapter: Adapter) -> list[str]:
-    return sorted({module.rsplit(".", 1)[-1] for module in adapter.modules})
-
-
-def _stored_shape(directory: Path) -> tuple[list[str], int]:
-    """Target modules and parameter count of a version, from the header of its file."""
-    try:
-        with safe_open(str(directory / WEIGHTS_NAME), framework="pt") as file:
-            shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 - not a mapping
-    except (SafetensorError, OSError) as error:
-        raise FormatError(f"{WEIGHTS_NAME}: cannot be read as safetensors: {error}") from error
-    targets = sorted({name.removesuffix(".weight").rsplit(".", 2)[-2] for name in shapes})
-    return targets, sum(torch.Size(shape).numel() for shape in shapes.values())

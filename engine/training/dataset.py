@@ -109,6 +109,16 @@ class Examples(Sequence[Example]):
         """Tokens of the longest example; 0 if there is none."""
         return int(np.diff(self.starts).max()) if len(self) else 0
 
+    def digest(self) -> str:
+        """Hexadecimal SHA-256 of the examples in their order: tokens, and which of them count. The same on every
+        machine."""
+        state = hashlib.sha256()
+        for name, dtype in (("token_ids", "<i4"), ("loss_mask", "<u1"), ("starts", "<i8")):
+            values = np.ascontiguousarray(getattr(self, name).astype(dtype, copy=False))
+            state.update(f"{name} {dtype} {len(values)}\n".encode())
+            state.update(values.data)
+        return state.hexdigest()
+
 
 class ExamplesWriter:
     """Collects examples into flat arrays."""
@@ -146,11 +156,13 @@ class Dataset:
     Attributes:
         evaluation: never trained on; may be empty.
         digest: hexadecimal SHA-256 of the file it was read from, or "".
+        train_digest: of ``train``, for lineage: see Examples.digest; "" if it was not read from a file.
     """
 
     train: Examples
     evaluation: Examples = field(default_factory=lambda: Examples.of(()))
     digest: str = ""
+    train_digest: str = ""
 
 
 def split_held_out(num_examples: int, fraction: float, seed: int) -> tuple[list[int], list[int]]:
@@ -208,7 +220,7 @@ def read_dataset(path: Path) -> Dataset:
     except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
         raise FormatError(f"{path}: cannot be read as a dataset: {error}", field="dataset_path") from error
     train, evaluation = (_read_split(path, split, tensors) for split in SPLITS)
-    return Dataset(train, evaluation, digest)
+    return Dataset(train, evaluation, digest, train.digest())
 
 
 def _read_split(path: Path, split: str, tensors: dict[str, npt.NDArray[Any]]) -> Examples:

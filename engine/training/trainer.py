@@ -352,7 +352,13 @@ class _Run:
     def _publish(self, adapter: Adapter, nll: float | None) -> TrainPublished:
         state = self._state
         parent = (state.parent_name, state.parent_version) if state.parent_name else None
-        info = self._loaded.adapters.publish(adapter, run_id=self._spec.job_id, best_nll=nll, parent=parent)
+        info = self._loaded.adapters.publish(
+            adapter,
+            run_id=self._spec.job_id,
+            best_nll=nll,
+            parent=parent,
+            data_digest=self._dataset.train_digest,
+        )
         state.published_step = state.step
         return TrainPublished(job_id=self._spec.job_id, step=state.step, adapter=info.name, version=info.version)
 

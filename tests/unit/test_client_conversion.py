@@ -418,3 +418,51 @@ def test_every_field_of_a_resource_is_read() -> None:
     durations = {"duration": "seconds"}
     report = {durations.get(field.name, field.name) for field in quantization_pb2.QuantizeReport.DESCRIPTOR.fields}
     assert report == set(whet.QuantizeReport.__dataclass_fields__)
+
+
+def _adapter(name: str, version: int, *, live: bool = False, parent: str = "", sources: tuple[str, ...] = ()) -> Any:
+    message = model_pb2.Adapter(name=name, version=version, live=live)
+    if parent:
+        message.parent.name, message.parent.version = parent.split(":")[0], int(parent.split(":")[1])
+    for source in sources:
+        added = message.sources.add(weight=0.5)
+        added.adapter.name, added.adapter.version = source.split(":")[0], int(source.split(":")[1])
+    return _models.from_adapter(message)
+
+
+def test_the_origin_of_an_adapter() -> None:
+    plain = _adapter("a", 1)
+    assert (plain.parent, plain.sources, plain.combination_method, plain.forced) == (None, [], "", False)
+    message = model_pb2.Adapter(name="c", combination_method=model_pb2.COMBINATION_METHOD_LINEAR, forced=True)
+    message.parent.name, message.parent.version = "b", 0
+    message.sources.add(adapter=model_pb2.AdapterVersion(name="a", version=3), weight=-0.25)
+    info = _models.from_adapter(message)
+    assert info.parent == whet.AdapterVersion(name="b", version=0)
+    assert info.sources == [whet.WeightedAdapter(name="a", version=3, weight=-0.25)]
+    assert (info.combination_method, info.forced) == ("linear", True)
+    assert [str(info.parent), str(info.sources[0])] == ["b:0", "-0.25*a:3"]
+
+
+def test_ancestors_come_before_what_came_from_them() -> None:
+    """Parents and sources, each once; versions that are gone are passed over; a lineage that bites its tail ends."""
+    adapters = [
+        _adapter("a", 1),
+        _adapter("a", 2, parent="a:1"),
+        _adapter("a", 3, live=True, parent="a:2"),
+        _adapter("b", 1, parent="gone:4"),
+        _adapter("mix", 1, sources=("a:2", "b:1", "gone:1")),
+        _adapter("mix", 2, live=True, parent="mix:1", sources=("a:1",)),
+        _adapter("loop", 1, live=True, parent="loop:2"),
+        _adapter("loop", 2, parent="loop:1"),
+    ]
+
+    def chain(name: str, version: int | None = None) -> list[str]:
+        return [f"{a.name}:{a.version}" for a in _models.ancestors(name, version, adapters)]
+
+    assert chain("a") == ["a:1", "a:2", "a:3"]
+    assert chain("b", 1) == ["b:1"]
+    assert chain("mix") == ["a:1", "a:2", "b:1", "mix:1", "mix:2"]
+    assert chain("loop") == ["loop:2", "loop:1"]
+    for name, version in (("b", None), ("a", 9), ("unknown", None)):
+        with pytest.raises(whet.NotFoundError, match=name):
+            chain(name, version)

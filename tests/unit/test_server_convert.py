@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.errors import InvalidArgumentError
-from engine.info import ModelInfo
+from engine.info import AdapterInfo, AdapterSource, ModelInfo
 from engine.jobs import EmbedFinished, JobFailed, LoRAParams, TrainParams
 from engine.request import SamplingParams, Timings, TokenLogprob
 from server import convert, convert_training
@@ -246,3 +247,19 @@ def test_a_cancelled_run_is_finished_not_failed() -> None:
 def test_an_empty_example_is_refused_by_its_index() -> None:
     with pytest.raises(InvalidArgumentError, match=r"examples\[3\]"):
         convert_training.from_example(training_pb2.TrainExample(), "examples[3]")
+
+
+def test_the_origin_of_an_adapter_is_told_whole() -> None:
+    """A version 0 is told; what is not known stays unset."""
+    info = AdapterInfo(
+        model="m", name="a", version=2, live=True, loaded=True, rank=8, alpha=16.0, use_rslora=False,
+        target_modules=["q_proj"], num_parameters=1, path="/p", parent=("b", 0), data_digest="d", combination="cat",
+        sources=[AdapterSource(name="c", version=3, weight=-0.5)], forced=True,
+    )  # fmt: skip
+    message = convert.to_adapter(info)
+    assert (message.parent.name, message.parent.HasField("version"), message.parent.version) == ("b", True, 0)
+    assert [(s.adapter.name, s.adapter.version, s.weight) for s in message.sources] == [("c", 3, -0.5)]
+    assert (message.data_digest, message.combination_method, message.forced) == ("d", 1, True)
+    plain = convert.to_adapter(dataclasses.replace(info, parent=None, sources=[], combination="", data_digest=""))
+    assert not plain.HasField("parent")
+    assert (len(plain.sources), plain.combination_method, plain.data_digest) == (0, 0, "")

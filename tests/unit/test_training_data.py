@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -385,6 +387,29 @@ def test_files_bring_back_what_was_written(tmp_path: Path) -> None:
     assert len(read_dataset(path).evaluation) == 0
     assert read_dataset(path).digest != digest
     assert [p.name for p in tmp_path.iterdir()] == ["dataset.safetensors"], "no temporary file is left"
+
+
+def test_the_digest_of_the_training_data_is_of_its_content(tmp_path: Path) -> None:
+    """A known value, so that it is the same on every machine; it sees tokens, masks and borders, not what is held out
+    nor how a file is laid out."""
+
+    def digest(*examples: tuple[list[int], list[bool]], held_out: int = 0) -> str:
+        given = [TokenizedExample(token_ids=ids, loss_mask=mask) for ids, mask in examples]
+        write_dataset(tmp_path / "d", given, given[:held_out])
+        dataset = read_dataset(tmp_path / "d")
+        assert dataset.train_digest == Examples.of(given).digest()
+        return dataset.train_digest
+
+    one, two = ([1, 2, 70000], [False, True, True]), ([3, 4], [False, True])
+    known = hashlib.sha256(
+        b"token_ids <i4 5\n" + struct.pack("<5i", 1, 2, 70000, 3, 4)
+        + b"loss_mask <u1 5\n" + bytes([0, 1, 1, 0, 1])
+        + b"starts <i8 3\n" + struct.pack("<3q", 0, 3, 5)
+    ).hexdigest()  # fmt: skip
+    assert digest(one, two) == digest(one, two, held_out=1) == known
+    others = [digest(two, one), digest(one), digest(([1, 2, 70000], [False, True, False]), two)]
+    others.append(digest(([1, 2], [False, True]), ([70000, 3, 4], [False, False, True])))
+    assert len({known, *others}) == 5
 
 
 @pytest.mark.parametrize("fault", ["bytes", "missing", "dtype", "starts", "lengths", "short"])

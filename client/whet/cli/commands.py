@@ -5,9 +5,10 @@ from __future__ import annotations
 import click
 
 import whet
+from whet.cli.adapters import adapters
 from whet.cli.app import run, settings_options
 from whet.cli.generate import chat, generate, tokenize
-from whet.cli.manage import adapters, models
+from whet.cli.manage import models
 from whet.cli.measure import embed, perplexity, quantize
 from whet.cli.train import runs, train
 

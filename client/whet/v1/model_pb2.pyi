@@ -68,6 +68,27 @@ MODEL_STATE_FAILED: ModelState.ValueType  # 4
 """Could not be loaded, or its worker is gone."""
 Global___ModelState: _TypeAlias = ModelState  # noqa: Y015
 
+class _CombinationMethod:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _CombinationMethodEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_CombinationMethod.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    COMBINATION_METHOD_UNSPECIFIED: _CombinationMethod.ValueType  # 0
+    COMBINATION_METHOD_CAT: _CombinationMethod.ValueType  # 1
+    """The weighted sum of the updates, exactly: their factors side by side, so the ranks add up. PEFT's "cat"."""
+    COMBINATION_METHOD_LINEAR: _CombinationMethod.ValueType  # 2
+    """Weighted sums of A and of B, which is no sum of the updates. The ranks must be equal and stay. PEFT's "linear"."""
+
+class CombinationMethod(_CombinationMethod, metaclass=_CombinationMethodEnumTypeWrapper): ...
+
+COMBINATION_METHOD_UNSPECIFIED: CombinationMethod.ValueType  # 0
+COMBINATION_METHOD_CAT: CombinationMethod.ValueType  # 1
+"""The weighted sum of the updates, exactly: their factors side by side, so the ranks add up. PEFT's "cat"."""
+COMBINATION_METHOD_LINEAR: CombinationMethod.ValueType  # 2
+"""Weighted sums of A and of B, which is no sum of the updates. The ranks must be equal and stay. PEFT's "linear"."""
+Global___CombinationMethod: _TypeAlias = CombinationMethod  # noqa: Y015
+
 @_typing.final
 class Model(_message.Message):
     """A model. Fields after `error` are unset until it is loaded."""
@@ -195,6 +216,11 @@ class Adapter(_message.Message):
     RUN_ID_FIELD_NUMBER: _builtins.int
     BASE_DIGEST_FIELD_NUMBER: _builtins.int
     BEST_NLL_FIELD_NUMBER: _builtins.int
+    PARENT_FIELD_NUMBER: _builtins.int
+    DATA_DIGEST_FIELD_NUMBER: _builtins.int
+    SOURCES_FIELD_NUMBER: _builtins.int
+    COMBINATION_METHOD_FIELD_NUMBER: _builtins.int
+    FORCED_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     name: _builtins.str
     version: _builtins.int
@@ -210,13 +236,29 @@ class Adapter(_message.Message):
     run_id: _builtins.str
     """Of the training run that made it; empty if none did."""
     base_digest: _builtins.str
-    """weights_digest of the model that it was trained on; empty if not known."""
+    """weights_digest of the model that it was trained on; of an imported one whose files do not say, of the model that it
+    was imported for. Empty if not known.
+    """
     best_nll: _builtins.float
     """Held-out, of its training run."""
+    data_digest: _builtins.str
+    """SHA-256 of the tokenized examples that its run trained on; empty if not known."""
+    combination_method: Global___CombinationMethod.ValueType
+    """How."""
+    forced: _builtins.bool
+    """It, or one of its sources, was trained on other base weights, and a caller insisted on it."""
     @_builtins.property
     def target_modules(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     @_builtins.property
     def create_time(self) -> _timestamp_pb2.Timestamp: ...
+    @_builtins.property
+    def parent(self) -> Global___AdapterVersion:
+        """The version that training went on from, if any. It may have been deleted since."""
+
+    @_builtins.property
+    def sources(self) -> _containers.RepeatedCompositeFieldContainer[Global___WeightedAdapter]:
+        """What it was combined from, if it was. They may have been deleted since."""
+
     def __init__(
         self,
         *,
@@ -234,16 +276,76 @@ class Adapter(_message.Message):
         run_id: _builtins.str = ...,
         base_digest: _builtins.str = ...,
         best_nll: _builtins.float | None = ...,
+        parent: Global___AdapterVersion | None = ...,
+        data_digest: _builtins.str = ...,
+        sources: _abc.Iterable[Global___WeightedAdapter] | None = ...,
+        combination_method: Global___CombinationMethod.ValueType = ...,
+        forced: _builtins.bool = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_best_nll", b"_best_nll", "best_nll", b"best_nll", "create_time", b"create_time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_best_nll", b"_best_nll", "best_nll", b"best_nll", "create_time", b"create_time", "parent", b"parent"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_best_nll", b"_best_nll", "alpha", b"alpha", "base_digest", b"base_digest", "best_nll", b"best_nll", "create_time", b"create_time", "live", b"live", "loaded", b"loaded", "model", b"model", "name", b"name", "num_parameters", b"num_parameters", "rank", b"rank", "run_id", b"run_id", "target_modules", b"target_modules", "use_rslora", b"use_rslora", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_best_nll", b"_best_nll", "alpha", b"alpha", "base_digest", b"base_digest", "best_nll", b"best_nll", "combination_method", b"combination_method", "create_time", b"create_time", "data_digest", b"data_digest", "forced", b"forced", "live", b"live", "loaded", b"loaded", "model", b"model", "name", b"name", "num_parameters", b"num_parameters", "parent", b"parent", "rank", b"rank", "run_id", b"run_id", "sources", b"sources", "target_modules", b"target_modules", "use_rslora", b"use_rslora", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__best_nll: _TypeAlias = _typing.Literal["best_nll"]  # noqa: Y015
     _WhichOneofArgType__best_nll: _TypeAlias = _typing.Literal["_best_nll", b"_best_nll"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType__best_nll) -> _WhichOneofReturnType__best_nll | None: ...
 
 Global___Adapter: _TypeAlias = Adapter  # noqa: Y015
+
+@_typing.final
+class AdapterVersion(_message.Message):
+    """Name and number of a version. A name in an answer is the present one, also where the adapter was renamed since."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    VERSION_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    version: _builtins.int
+    """In a request, default: the live one. Set in every answer."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        version: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_version", b"_version", "version", b"version"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_version", b"_version", "name", b"name", "version", b"version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__version: _TypeAlias = _typing.Literal["version"]  # noqa: Y015
+    _WhichOneofArgType__version: _TypeAlias = _typing.Literal["_version", b"_version"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__version) -> _WhichOneofReturnType__version | None: ...
+
+Global___AdapterVersion: _TypeAlias = AdapterVersion  # noqa: Y015
+
+@_typing.final
+class WeightedAdapter(_message.Message):
+    """An adapter and what its update of the base weights is multiplied by."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ADAPTER_FIELD_NUMBER: _builtins.int
+    WEIGHT_FIELD_NUMBER: _builtins.int
+    weight: _builtins.float
+    """Any finite number. In a request, default: 1. Set in every answer."""
+    @_builtins.property
+    def adapter(self) -> Global___AdapterVersion: ...
+    def __init__(
+        self,
+        *,
+        adapter: Global___AdapterVersion | None = ...,
+        weight: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_weight", b"_weight", "adapter", b"adapter", "weight", b"weight"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_weight", b"_weight", "adapter", b"adapter", "weight", b"weight"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__weight: _TypeAlias = _typing.Literal["weight"]  # noqa: Y015
+    _WhichOneofArgType__weight: _TypeAlias = _typing.Literal["_weight", b"_weight"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__weight) -> _WhichOneofReturnType__weight | None: ...
+
+Global___WeightedAdapter: _TypeAlias = WeightedAdapter  # noqa: Y015
 
 @_typing.final
 class ListModelsRequest(_message.Message):
