@@ -87,7 +87,7 @@ class ModelConfig:
 
     Attributes:
         model_type: Hugging Face ``model_type``; names the file in engine/models.
-        task: "generate" (causal language model) or "embed" (encoder).
+        task: "generate" (causal language model), or "embed" (encoder, or a decoder that was saved without its head).
         layer_types: one per layer.
         rope: per layer type; Gemma 3 has one for full and one for sliding layers.
         qk_norm: RMSNorm over head_dim on q and k.
@@ -135,6 +135,11 @@ class ModelConfig:
     pad_token_id: int | None = None
     quantization_config: Mapping[str, Any] | None = None
     raw: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+
+    @property
+    def has_own_head(self) -> bool:
+        """Whether there is a head that is not the embeddings."""
+        return self.task == "generate" and not self.tie_word_embeddings
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

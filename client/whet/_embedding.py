@@ -24,6 +24,7 @@ def embed_requests(
     dimensions: int | None,
     pooling: str | None,
     input_type: str | None,
+    instruction: str | None,
     adapter: str | None,
     adapter_version: int | None,
     request_id: str | None,
@@ -37,7 +38,8 @@ def embed_requests(
         input_type=enum_value(embedding_pb2.InputType, "INPUT_TYPE_", input_type, "input_type"),
         adapter=adapter_selector(adapter, adapter_version),
     )
-    fill(template, {"normalize": normalize, "dimensions": dimensions}, ("normalize", "dimensions"))
+    options = {"normalize": normalize, "dimensions": dimensions, "instruction": instruction}
+    fill(template, options, options)
     requests = []
     for begin in range(0, max(1, len(texts)), INPUTS_PER_REQUEST):
         request = embedding_pb2.EmbedRequest()

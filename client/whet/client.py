@@ -276,6 +276,7 @@ class Client:
         dimensions: int | None = None,
         pooling: str | None = None,
         input_type: str | None = None,
+        instruction: str | None = None,
         adapter: str | None = None,
         adapter_version: int | None = None,
         request_id: str | None = None,
@@ -289,6 +290,8 @@ class Client:
             pooling: "mean", "cls" or "last"; default: the model's own.
             input_type: "query" or "document": put the model's own prefix for it before texts. Without one, or
                 where the model has none for it, the model's default prefix, if any.
+            instruction: what the vectors of these queries are for, in place of the task that the model's own query
+                prefix states; for models that take instructions (Qwen3-Embedding).
         """
         requests = _embedding.embed_requests(
             inputs,
@@ -297,6 +300,7 @@ class Client:
             dimensions=dimensions,
             pooling=pooling,
             input_type=input_type,
+            instruction=instruction,
             adapter=adapter,
             adapter_version=adapter_version,
             request_id=request_id,

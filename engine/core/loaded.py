@@ -25,7 +25,7 @@ class LoadedModel:
     Attributes:
         model: eval mode, parameters without gradients.
         adapters: versions of this model's adapters, in memory and on disk.
-        runner: cache and scheduler of generation; None for encoders.
+        runner: cache and scheduler of generation; None for models that only embed.
         is_serving: whether the engine has requests, of this model or another; jobs size their slices by it.
     """
 
@@ -43,11 +43,12 @@ class LoadedModel:
         """The model as a CausalLM.
 
         Raises:
-            FailedPreconditionError: it is an encoder.
+            FailedPreconditionError: it is an encoder, or was saved without its head.
         """
-        if not isinstance(self.model, CausalLM):
+        if not isinstance(self.model, CausalLM) or self.config.task != "generate":
+            kind = "has no head" if isinstance(self.model, CausalLM) else "is an encoder"
             raise FailedPreconditionError(
-                f"model {self.info.name!r} is an encoder ({self.info.model_type}); this needs a generative model",
+                f"model {self.info.name!r} {kind} ({self.info.model_type}); this needs a generative model",
                 field="model",
                 reason="NOT_GENERATIVE",
             )

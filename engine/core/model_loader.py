@@ -53,7 +53,7 @@ def load_model(
         dtype=dtype,
         adapters=AdapterStore(name, root, model, device=device, base_digest=info.weights_digest),
     )
-    if isinstance(model, CausalLM):
+    if isinstance(model, CausalLM) and config.task == "generate":
         layers, recurrent = model.num_attention_layers, model.num_recurrent_layers
         plan = plan_cache(config, engine_config, layers, recurrent, info.max_model_len, device, dtype)
         cache = make_cache(config, layers, plan.num_blocks, engine_config.block_size, device, dtype)

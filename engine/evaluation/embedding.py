@@ -42,7 +42,7 @@ def embed(spec: EmbedSpec, loaded: LoadedModel) -> Iterator[JobEvent | None]:
         raise InvalidArgumentError(f"pooling is {spec.pooling!r}; accepted: {', '.join(POOLINGS)}", field="pooling")
     pooling, normalize = spec.pooling, spec.normalize
     if pooling is None or normalize is None:
-        own = read_embedding_config(Path(loaded.info.tokenizer_path), loaded.config.task)
+        own = read_embedding_config(Path(loaded.info.tokenizer_path), causal=isinstance(loaded.model, CausalLM))
         pooling = own.pooling if pooling is None else pooling
         normalize = own.normalize if normalize is None else normalize
     adapter = None if spec.adapter is None else loaded.adapters.get(spec.adapter, spec.adapter_version)

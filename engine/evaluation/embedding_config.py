@@ -8,6 +8,7 @@ documents. A GGUF file has ``<architecture>.pooling_type``, as llama.cpp numbers
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -26,6 +27,8 @@ _MODES: dict[str, Pooling] = {"mean_tokens": "mean", "cls_token": "cls", "lastto
 _NAMES: dict[str, Pooling] = {"mean": "mean", "cls": "cls", "lasttoken": "last"}
 _GGUF_TYPES: dict[int, Pooling] = {1: "mean", 2: "cls", 3: "last"}
 _MAX_PROMPTS = 256
+_INSTRUCTED = re.compile(r"Instruct: .*\nQuery:( ?)", re.DOTALL)
+"""The form in which Qwen3-Embedding and E5 take instructions; some end with a space."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +50,16 @@ class Prompts:
                 return self.prefixes[name]
         return ""
 
+    def instructed(self, instruction: str) -> str | None:
+        """The prefix of a query for a task in the caller's own words, in the form of the model's own query prefix.
+
+        Returns: None for a model whose prefixes have no place for an instruction.
+        """
+        for name in ("query", *self.prefixes):
+            if (form := _INSTRUCTED.fullmatch(self.prefixes.get(name, ""))) is not None:
+                return f"Instruct: {instruction}\nQuery:{form[1]}"
+        return None
+
 
 NO_PROMPTS = Prompts()
 
@@ -67,18 +80,18 @@ class EmbeddingConfig:
 
 
 @lru_cache(maxsize=64)
-def read_embedding_config(path: Path, task: Literal["generate", "embed"]) -> EmbeddingConfig:
+def read_embedding_config(path: Path, *, causal: bool) -> EmbeddingConfig:
     """The embedding configuration that lies beside a model's weights.
 
     Args:
         path: the model's directory, or its .gguf file.
-        task: decides what holds where the files say nothing: mean pooling for an encoder, the last token for a causal
-            model, normalised either way.
+        causal: decides what holds where the files say nothing: mean pooling for an encoder, the last token for a
+            causal model, normalised either way.
 
     Raises:
         FormatError: the files are malformed, or ask for a step that is not supported (a Dense module, maximum pooling).
     """
-    default: Pooling = "mean" if task == "embed" else "last"
+    default: Pooling = "last" if causal else "mean"
     if path.is_file():
         return EmbeddingConfig(pooling=_gguf_pooling(path) or default)
     pooling, normalize = _modules(path)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import mmap
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -50,6 +51,8 @@ class SafetensorsCheckpoint:
                 self._entries[name] = file_name
         if index is not None and (missing := sorted(index.keys() - self._entries.keys())):
             raise FormatError(f"{path / INDEX_FILE}: names tensors that its shards do not hold: {missing[:5]}")
+        if is_headless(self._entries, self.config):
+            self.config = replace(self.config, task="embed")
         self._shapes = {name: tuple(self._slice(name).get_shape()) for name in self._entries}
         self.stored_bytes = sum(file.stat().st_size for file in self.files)
 
@@ -81,6 +84,18 @@ class SafetensorsCheckpoint:
 
     def _slice(self, name: str) -> Any:
         return self._handles[self._entries[name]].get_slice(name)
+
+
+def is_headless(names: Collection[str], config: ModelConfig) -> bool:
+    """Whether these are the tensors of a decoder that was saved without its head, to embed with.
+
+    The names have no ``model.`` before them then, or the configuration says so (``Qwen3Model``). Where neither holds, a
+    head that is missing is a fault.
+    """
+    if not config.has_own_head or any(name.startswith("lm_head.") for name in names):
+        return False
+    architectures = config.raw.get("architectures") or [""]
+    return any(name.startswith("embed_tokens.") for name in names) or str(architectures[0]).endswith("Model")
 
 
 def _open(file: Path) -> Any:

@@ -96,7 +96,7 @@ class Gemma3ForCausalLM(CausalLM):
         super().__init__(config)
         self.model = Gemma3TextModel(config, schemes, dtype)
         self.lm_head: Linear | None = None
-        if not config.tie_word_embeddings:
+        if config.has_own_head:
             self.lm_head = Linear(
                 config.hidden_size,
                 config.vocab_size,

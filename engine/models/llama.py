@@ -81,7 +81,7 @@ class LlamaForCausalLM(CausalLM):
         super().__init__(config)
         self.model = LlamaModel(config, schemes, dtype)
         self.lm_head: Linear | None = None
-        if not config.tie_word_embeddings:
+        if config.has_own_head:
             self.lm_head = Linear(
                 config.hidden_size,
                 config.vocab_size,

@@ -92,7 +92,7 @@ class Qwen3_5ForCausalLM(CausalLM):
         super().__init__(config)
         self.model = Qwen3_5TextModel(config, schemes, dtype)
         self.lm_head: Linear | None = None
-        if not config.tie_word_embeddings:
+        if config.has_own_head:
             self.lm_head = Linear(
                 config.hidden_size,
                 config.vocab_size,

@@ -45,6 +45,8 @@ def write_config(
     values |= {"model_type": config.model_type, "dtype": dtype, "quantization_config": dict(quantization_config)}
     if config.task == "generate":
         values["tie_word_embeddings"] = tied
+    elif (name := _first(values.get("architectures"))).endswith("ForCausalLM"):
+        values["architectures"] = [name.removesuffix("ForCausalLM") + "Model"]  # what is written has no head
     write_text(directory / "config.json", json.dumps(values, indent=2, default=_plain) + "\n")
 
 
@@ -68,6 +70,10 @@ def copy_companions(source: Path, directory: Path) -> None:
             if file.is_file() and not target.exists():
                 target.parent.mkdir(exist_ok=True)
                 shutil.copyfile(file, target)
+
+
+def _first(names: object) -> str:
+    return str(names[0]) if isinstance(names, list) and names else ""
 
 
 def _plain(value: object) -> object:

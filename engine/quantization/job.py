@@ -41,7 +41,6 @@ from engine.jobs import JobEvent, JobWarning, QuantizeFinished, QuantizeProgress
 from engine.layers.linear import Embedding, Linear
 from engine.loading import Checkpoint, open_checkpoint
 from engine.loading.gguf_checkpoint import GGUFCheckpoint
-from engine.models.base import CausalLM
 from engine.names import validate_name
 from engine.quantization.base import UNQUANTIZED
 from engine.quantization.comparison import Comparison, compare, eval_windows
@@ -91,8 +90,8 @@ def quantize(
             linears=[m.name for m in model.modules() if isinstance(m, Linear)],
             embeddings=[m.name for m in model.modules() if isinstance(m, Embedding)],
             tensors=_named_tensors(model),
-            is_causal=isinstance(model, CausalLM),
-            tied=isinstance(model, CausalLM) and loaded.config.tie_word_embeddings,
+            is_causal=loaded.config.task == "generate",
+            tied=loaded.config.task == "generate" and loaded.config.tie_word_embeddings,
         ),
         checkpoint,
     )

@@ -29,7 +29,7 @@ class SourceModel:
         name: for messages.
         linears, embeddings: full names of its modules.
         tensors: parameters and persistent buffers by name, shared ones once.
-        is_causal: a language model, and no encoder.
+        is_causal: a language model, and none that only embeds.
         tied: its head is its embedding table.
     """
 
@@ -119,7 +119,7 @@ def plan_quantization(spec: QuantizeSpec, model: SourceModel, checkpoint: Checkp
     scheme = _scheme(spec)
     if spec.quantize_head and not model.is_causal:
         raise InvalidArgumentError(
-            f"quantize_head is true, and model {model.name!r} is an encoder without a head; accepted: false",
+            f"quantize_head is true, and model {model.name!r} only embeds, without a head; accepted: false",
             field="quantize_head",
         )
     if model.tied and spec.quantize_embeddings and not spec.quantize_head:

@@ -307,17 +307,33 @@ class Tokenizer:
         self._backend.add_special_tokens([tokenizers.AddedToken(t, special=True, normalized=False) for t in missing])
 
     def _set_added_at_the_ends(self, parts: TokenizerParts) -> None:
-        """Follows add_bos_token and add_eos_token where they are given, as transformers does."""
+        """Follows add_bos_token and add_eos_token where they are given. Each speaks of its own token alone: Qwen3's
+        embedding models say false to the first, and end texts with a token that is not their eos_token."""
         if parts.add_bos is None and parts.add_eos is None:
             return
-        before = self.special_tokens.get("bos_token") if parts.add_bos else None
-        after = self.special_tokens.get("eos_token") if parts.add_eos else None
-        used = [(t, i) for t in (before, after) if t is not None and (i := self.token_to_id(t)) is not None]
-        names = [t for t, _ in used]
-        single = [*(f"{t}:0" for t in names if t == before), "$A:0", *(f"{t}:0" for t in names if t == after)]
+        before, after = _template_ends(self._backend)
+        bos, eos = self.special_tokens.get("bos_token"), self.special_tokens.get("eos_token")
+        if parts.add_bos is not None:
+            before = [*([bos] if parts.add_bos and bos else []), *(t for t in before if t != bos)]
+        if parts.add_eos is not None:
+            after = [*(t for t in after if t != eos), *([eos] if parts.add_eos and eos else [])]
+        used = {t: i for t in (*before, *after) if (i := self.token_to_id(t)) is not None}
+        single = [*(f"{t}:0" for t in before if t in used), "$A:0", *(f"{t}:0" for t in after if t in used)]
         self._backend.post_processor = processors.TemplateProcessing(
-            single=single, pair=[*single, "$B:1"], special_tokens=used
+            single=single, pair=[*single, "$B:1"], special_tokens=list(used.items())
         )
+
+
+def _template_ends(backend: tokenizers.Tokenizer) -> tuple[list[str], list[str]]:
+    """The tokens that the template in tokenizer.json, if it has one, puts before and after a text."""
+    processor = json.loads(backend.to_str()).get("post_processor") or {}
+    for part in processor.get("processors", [processor]):
+        if part.get("type") == "TemplateProcessing":
+            pieces = part["single"]
+            text = next((i for i, piece in enumerate(pieces) if "Sequence" in piece), len(pieces))
+            before, after = pieces[:text], pieces[text + 1 :]
+            return [p["SpecialToken"]["id"] for p in before], [p["SpecialToken"]["id"] for p in after]
+    return [], []
 
 
 def _check_unicode(text: str, field: str = "text") -> None:

@@ -73,11 +73,39 @@ class EmbeddingService(embedding_pb2_grpc.EmbeddingServiceServicer):
             adapter_version=version,
         )
 
-    @staticmethod
-    def _prefix(request: embedding_pb2.EmbedRequest, model: ReadyModel) -> str:
+    def _prefix(self, request: embedding_pb2.EmbedRequest, model: ReadyModel) -> str:
         if request.input_type not in _PURPOSES:
             raise convert.reject("input_type", request.input_type, f"the enum values 0 to {max(_PURPOSES)}")
+        if request.HasField("instruction"):
+            return self._instructed(request, model)
         return model.entry.prompts.prefix(*_PURPOSES[request.input_type])
+
+    def _instructed(self, request: embedding_pb2.EmbedRequest, model: ReadyModel) -> str:
+        """The prefix that states the caller's instruction; where it could have no effect, it is refused."""
+        limit = self._services.config.max_prompt_chars
+        if not request.instruction:
+            raise InvalidArgumentError("instruction is empty; accepted: a text, or none", field="instruction")
+        if len(request.instruction) > limit:
+            raise over_limit("instruction", len(request.instruction), limit, "characters")
+        if request.input_type == embedding_pb2.INPUT_TYPE_DOCUMENT:
+            raise InvalidArgumentError(
+                "instruction is given for documents; accepted: for queries, as documents are embedded without one",
+                field="instruction",
+            )
+        for index, message in enumerate(request.inputs):
+            if message.WhichOneof("input") == "token_ids":
+                raise InvalidArgumentError(
+                    f"instruction is given, and inputs[{index}] is token ids; accepted: texts", field="instruction"
+                )
+        prefix = model.entry.prompts.instructed(request.instruction)
+        if prefix is None:
+            raise InvalidArgumentError(
+                f"instruction is given, and model {model.name!r} takes none: its files have no query prompt of the "
+                "form 'Instruct: …\\nQuery:'; accepted: none",
+                field="instruction",
+                reason="NO_INSTRUCTIONS",
+            )
+        return prefix
 
     def _tokenize(self, request: embedding_pb2.EmbedRequest, model: ReadyModel, prefix: str) -> list[list[int]]:
         """Runs in a thread. All limits are checked as it goes, so that no more is tokenised than is accepted."""
@@ -89,14 +117,14 @@ class EmbeddingService(embedding_pb2_grpc.EmbeddingServiceServicer):
             field = f"inputs[{index}]"
             kind = message.WhichOneof("input")
             if kind == "text":
-                if not message.text:
-                    raise InvalidArgumentError(f"{field} is empty; accepted: at least one character", field=field)
                 if len(message.text) > config.max_prompt_chars:
                     raise over_limit(field, len(message.text), config.max_prompt_chars, "characters")
                 try:
                     ids = model.tokenizer.encode(prefix + message.text, max_tokens=longest)
                 except InvalidArgumentError as error:
                     raise type(error)(f"{field}: {error.message}", field=field, reason=error.reason) from None
+                if not ids:  # no prefix, and a tokenizer that adds no token of its own
+                    raise InvalidArgumentError(f"{field} is empty; accepted: at least one character", field=field)
             elif kind == "token_ids":
                 ids = read_token_ids(message.token_ids.ids, info.vocab_size, longest, field)
             else:

@@ -34,7 +34,7 @@ def minilm(minilm_dir: Path) -> Model:
 @torch.no_grad()
 def embeddings(model: Model, path: Path, sequences: list[list[int]]) -> Tensor:
     """Vectors of packed sequences, pooled as the model's own files say."""
-    own = read_embedding_config(path, "embed")
+    own = read_embedding_config(path, causal=False)
     assert (own.pooling, own.normalize) == ("mean", True)
     ctx = packed_context([len(sequence) for sequence in sequences], causal=False)
     hidden = model(torch.tensor([token for sequence in sequences for token in sequence]), ctx)

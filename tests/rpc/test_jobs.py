@@ -16,6 +16,8 @@ import pytest
 from tests.rpc.calls import TIMEOUT, generate, train
 from tests.rpc.conftest import EMBEDDER, MODEL, PROMPTS
 from tests.rpc.harness import ServerProcess, Stubs, fails
+from tests.tiny_embedder import TASK, save_tiny_embedder
+from whet import Client
 from whet.v1 import common_pb2, embedding_pb2, evaluation_pb2, model_pb2, quantization_pb2
 
 INVALID = grpc.StatusCode.INVALID_ARGUMENT
@@ -142,6 +144,53 @@ def test_a_default_prefix_goes_before_texts_of_no_stated_purpose(
     for kind, prefix in ((embedding_pb2.INPUT_TYPE_QUERY, "query: "), (embedding_pb2.INPUT_TYPE_DOCUMENT, "plain: ")):
         typed = vectors(embed(stubs, ["abc"], model="default", input_type=kind))
         assert typed == vectors(embed(stubs, [prefix + "abc"]))
+    stubs.close()
+
+
+def test_instructions_of_the_caller(
+    start_server: Callable[..., ServerProcess], tiny_bert: Path, tmp_path: Path
+) -> None:
+    """A model of Qwen3-Embedding's layout: its query prompt by default, the caller's task in its place on request, the
+    model's own end token after each; an instruction that could have no effect is refused. Its tied head generates."""
+    path = save_tiny_embedder(tmp_path / "qwen")
+    server = start_server(models=["--model", f"qwen={path}", "--model", f"{EMBEDDER}={tiny_bert}"])
+    stubs = Stubs(server.address)
+
+    def rows(*texts: str, **fields: Any) -> list[list[float]]:
+        return vectors(embed(stubs, list(texts), **({"model": "qwen", "pooling": 0} | fields)))
+
+    query = embedding_pb2.INPUT_TYPE_QUERY
+    asked = rows("what?", instruction="Find the sea")
+    assert (
+        asked
+        == rows("Instruct: Find the sea\nQuery:what?")
+        == rows("what?", instruction="Find the sea", input_type=query)
+    )
+    assert rows("what?", instruction=TASK) == rows("what?", input_type=query) != asked
+    assert rows("what?", input_type=embedding_pb2.INPUT_TYPE_DOCUMENT) == rows("what?") != asked
+    assert rows("") == vectors(
+        embed(
+            stubs,
+            [],
+            model="qwen",
+            pooling=0,
+            inputs=[embedding_pb2.EmbedInput(token_ids=common_pb2.TokenIds(ids=[0]))],
+        )
+    ), "an empty text is its end token"
+    refused: list[dict[str, Any]] = [
+        {"instruction": ""},
+        {"input_type": embedding_pb2.INPUT_TYPE_DOCUMENT},
+        {"inputs": [embedding_pb2.EmbedInput(token_ids=common_pb2.TokenIds(ids=[5]))]},
+        {"model": EMBEDDER},
+    ]
+    for fields in refused:
+        with fails(INVALID, field="instruction", reason="NO_INSTRUCTIONS" if "model" in fields else ""):
+            rows("x", **({"instruction": "Find"} | fields))
+    with Client(server.address) as client:
+        sdk = client.embed("what?", model="qwen", instruction="Find the sea", dimensions=8)
+        norm = math.hypot(*asked[0][:8])
+        assert sdk.vectors[0] == pytest.approx([value / norm for value in asked[0][:8]], abs=1e-5)
+        assert client.complete("what?", model="qwen", max_tokens=4, ignore_eos=True).usage.completion_tokens == 4
     stubs.close()
 
 

@@ -181,6 +181,10 @@ def test_perplexity_embed_quantize_and_tokenize_print_their_results(
     assert whet_command(server, "embed", "a", "b", "--no-normalize") == 0
     assert capsys.readouterr().out == "0.5 -0.25\n0.5 -0.25\n"
     assert server.calls[-1].request.model == "embedder"
+    assert not server.calls[-1].request.HasField("instruction")
+    assert whet_command(server, "embed", "a", "b", "--instruction", "Find the sea") == 0
+    assert server.calls[-1].request.instruction == "Find the sea"
+    capsys.readouterr()
 
     report = quantization_pb2.QuantizeReport(bytes_in=10)
     progress = quantization_pb2.QuantizeProgress(stage=quantization_pb2.QUANTIZE_STAGE_QUANTIZING, tensors_done=1)

@@ -137,6 +137,7 @@ def test_embed_inputs_keep_their_order_and_an_empty_batch_reaches_the_server() -
             dimensions=None,
             pooling="last",
             input_type=None,
+            instruction="find",
             adapter=None,
             adapter_version=None,
             request_id=None,
@@ -145,6 +146,7 @@ def test_embed_inputs_keep_their_order_and_an_empty_batch_reaches_the_server() -
     assert [item.text for item in requests(["a", "b"])[0].inputs] == ["a", "b"]
     assert [list(item.token_ids.ids) for item in requests([[1], [2, 3]])[0].inputs] == [[1], [2, 3]]
     assert len(requests("abc")[0].inputs) == 1
+    assert requests("abc")[0].instruction == "find"
     assert [len(request.inputs) for request in requests([])] == [0]
 
 

@@ -31,7 +31,7 @@ def write(path: Path, modules: Any, pooling: Any = None, settings: Any = None) -
 
 def test_minilm(minilm_dir: Path) -> None:
     """The real model: mean pooling, normalised, no prefixes."""
-    config = read_embedding_config(minilm_dir, "embed")
+    config = read_embedding_config(minilm_dir, causal=False)
     assert (config.pooling, config.normalize, config.prompts) == ("mean", True, NO_PROMPTS)
 
 
@@ -46,7 +46,7 @@ def test_minilm(minilm_dir: Path) -> None:
 )
 def test_pooling_modes(tmp_path: Path, pooling: dict[str, Any], expected: str) -> None:
     """Flags and names; without a Normalize module vectors keep their length."""
-    config = read_embedding_config(write(tmp_path, [TRANSFORMER, POOLING], pooling), "embed")
+    config = read_embedding_config(write(tmp_path, [TRANSFORMER, POOLING], pooling), causal=False)
     assert (config.pooling, config.normalize) == (expected, False)
 
 
@@ -54,7 +54,7 @@ def test_prompts(tmp_path: Path) -> None:
     """Prefixes of queries and documents, and the one that applies by default."""
     settings = {"prompts": {"query": "search: ", "document": ""}, "default_prompt_name": "document"}
     path = write(tmp_path, [TRANSFORMER, POOLING, NORMALIZE], {"pooling_mode": "cls"}, settings)
-    config = read_embedding_config(path, "embed")
+    config = read_embedding_config(path, causal=False)
     assert config.prompts.prefixes == {"query": "search: ", "document": ""}
     assert config.prompts.default == "document"
     assert config.normalize
@@ -69,11 +69,21 @@ def test_which_prefix_a_text_gets() -> None:
     assert Prompts({"query": "q: "}).prefix("document") == NO_PROMPTS.prefix() == ""
 
 
+def test_instructions_take_the_form_of_the_models_query_prompt() -> None:
+    """With the space that some end with; models without such a prompt take none."""
+    assert Prompts({"query": "Instruct: Find it\nQuery:"}).instructed("Be\nbrief") == "Instruct: Be\nbrief\nQuery:"
+    assert Prompts({"web": "Instruct: Find it\nQuery: "}).instructed("Find") == "Instruct: Find\nQuery: "
+    both = Prompts({"web": "Instruct: a\nQuery: ", "query": "Instruct: b\nQuery:"})
+    assert both.instructed("c") == "Instruct: c\nQuery:"
+    for prefixes in ({}, {"query": "query: "}, {"query": "Instruct: a\nQuery: b"}, {"query": "An Instruct: a\nQuery:"}):
+        assert Prompts(prefixes).instructed("c") is None
+
+
 def test_defaults_without_files(tmp_path: Path) -> None:
     """An encoder pools the mean, a causal model takes the last token; both normalise."""
-    assert read_embedding_config(tmp_path, "embed").pooling == "mean"
-    assert read_embedding_config(tmp_path, "generate").pooling == "last"
-    assert read_embedding_config(tmp_path, "generate").normalize
+    assert read_embedding_config(tmp_path, causal=False).pooling == "mean"
+    assert read_embedding_config(tmp_path, causal=True).pooling == "last"
+    assert read_embedding_config(tmp_path, causal=True).normalize
 
 
 @pytest.mark.parametrize(("number", "expected"), [(None, "mean"), (0, "mean"), (1, "mean"), (2, "cls"), (3, "last")])
@@ -86,7 +96,7 @@ def test_gguf(tmp_path: Path, number: int | None, expected: str) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    assert read_embedding_config(tmp_path / "model.gguf", "embed").pooling == expected
+    assert read_embedding_config(tmp_path / "model.gguf", causal=False).pooling == expected
 
 
 @pytest.mark.parametrize(
@@ -108,7 +118,7 @@ def test_gguf(tmp_path: Path, number: int | None, expected: str) -> None:
 )
 def test_malformed_files_are_refused(tmp_path: Path, modules: Any, pooling: Any, settings: Any, message: str) -> None:
     with pytest.raises(FormatError, match=message):
-        read_embedding_config(write(tmp_path, modules, pooling, settings), "embed")
+        read_embedding_config(write(tmp_path, modules, pooling, settings), causal=False)
 
 
 def test_the_front_end_can_read_it_without_torch() -> None:

@@ -18,6 +18,7 @@ from engine.errors import FormatError, InvalidArgumentError, OutOfRangeError
 from engine.tokenizer import Tokenizer
 from engine.tokenizer.token_bytes import byte_alphabet
 from tests.conftest import REPOSITORY
+from tests.tiny_embedder import save_tiny_embedder
 from tests.unit.loading_files import TINY_LLAMA, bert_metadata, sentencepiece_metadata, write_gguf
 
 
@@ -83,6 +84,28 @@ def test_beginning_of_sequence_follows_the_flag(tmp_path: Path) -> None:
         tokenizer = from_metadata(tmp_path, byte_level_metadata(pre, **extra))
         assert tokenizer.encode("ab").count(tokenizer.bos_token_id) == expected
         assert tokenizer.bos_token_id not in tokenizer.encode("ab", add_special_tokens=False)
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ({}, ["A", "<|endoftext|>"]),
+        ({"add_bos_token": False}, ["A", "<|endoftext|>"]),
+        ({"add_bos_token": False, "add_eos_token": False}, ["A", "<|endoftext|>"]),
+        ({"add_eos_token": True}, ["A", "<|endoftext|>", "<|im_end|>"]),
+        ({"add_eos_token": False, "eos_token": "<|endoftext|>"}, ["A"]),
+        ({"add_bos_token": True, "bos_token": "<|im_end|>"}, ["<|im_end|>", "A", "<|endoftext|>"]),
+    ],
+)
+def test_flags_speak_of_their_own_tokens_alone(tmp_path: Path, flags: dict[str, Any], expected: list[str]) -> None:
+    """What else the template of tokenizer.json adds stays: Qwen3-Embedding says add_bos_token: false, and ends texts
+    with its padding token."""
+    path = save_tiny_embedder(tmp_path / "qwen")
+    config = json.loads((path / "tokenizer_config.json").read_text())
+    del config["add_bos_token"]
+    (path / "tokenizer_config.json").write_text(json.dumps(config | flags))
+    tokenizer = Tokenizer.from_path(path)
+    assert [tokenizer.id_to_token(token_id) for token_id in tokenizer.encode("A")] == expected
 
 
 def test_sentencepiece_merges_are_recovered_from_scores(tmp_path: Path) -> None:

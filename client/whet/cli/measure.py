@@ -123,6 +123,7 @@ def perplexity(settings: Settings, /, text: str | None, file: str | None, model:
 @click.option("--dimensions", type=int, default=None, help="Keep the first so many.")
 @click.option("--pooling", type=click.Choice(["mean", "cls", "last"]), default=None)
 @click.option("--input-type", type=click.Choice(["query", "document"]), default=None)
+@click.option("--instruction", default=None, help="What the vectors of these queries are for.")
 @settings_options
 @click.pass_obj
 def embed(settings: Settings, /, texts: tuple[str, ...], file: str | None, model: str | None, **options: Any) -> None:

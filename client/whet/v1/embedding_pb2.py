@@ -26,25 +26,25 @@ from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb
 from whet.v1 import common_pb2 as whet_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17whet/v1/embedding.proto\x12\x07whet.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x14whet/v1/common.proto\"\x9a\x02\n\x0c\x45mbedRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12#\n\x06inputs\x18\x03 \x03(\x0b\x32\x13.whet.v1.EmbedInput\x12!\n\x07pooling\x18\x04 \x01(\x0e\x32\x10.whet.v1.Pooling\x12\x16\n\tnormalize\x18\x05 \x01(\x08H\x00\x88\x01\x01\x12\x17\n\ndimensions\x18\x06 \x01(\x05H\x01\x88\x01\x01\x12&\n\ninput_type\x18\x07 \x01(\x0e\x32\x12.whet.v1.InputType\x12)\n\x07\x61\x64\x61pter\x18\x08 \x01(\x0b\x32\x18.whet.v1.AdapterSelectorB\x0c\n\n_normalizeB\r\n\x0b_dimensions\"M\n\nEmbedInput\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12&\n\ttoken_ids\x18\x02 \x01(\x0b\x32\x11.whet.v1.TokenIdsH\x00\x42\x07\n\x05input\"\xd2\x01\n\rEmbedResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12&\n\nembeddings\x18\x02 \x03(\x0b\x32\x12.whet.v1.Embedding\x12\x12\n\ndimensions\x18\x03 \x01(\x05\x12\x12\n\nnum_tokens\x18\x04 \x01(\x03\x12+\n\x08\x64uration\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x1c\n\x0f\x61\x64\x61pter_version\x18\x06 \x01(\x05H\x00\x88\x01\x01\x42\x12\n\x10_adapter_version\"\x1b\n\tEmbedding\x12\x0e\n\x06values\x18\x01 \x03(\x02*W\n\x07Pooling\x12\x17\n\x13POOLING_UNSPECIFIED\x10\x00\x12\x10\n\x0cPOOLING_MEAN\x10\x01\x12\x0f\n\x0bPOOLING_CLS\x10\x02\x12\x10\n\x0cPOOLING_LAST\x10\x03*V\n\tInputType\x12\x1a\n\x16INPUT_TYPE_UNSPECIFIED\x10\x00\x12\x14\n\x10INPUT_TYPE_QUERY\x10\x01\x12\x17\n\x13INPUT_TYPE_DOCUMENT\x10\x02\x32J\n\x10\x45mbeddingService\x12\x36\n\x05\x45mbed\x12\x15.whet.v1.EmbedRequest\x1a\x16.whet.v1.EmbedResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17whet/v1/embedding.proto\x12\x07whet.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x14whet/v1/common.proto\"\xc4\x02\n\x0c\x45mbedRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12#\n\x06inputs\x18\x03 \x03(\x0b\x32\x13.whet.v1.EmbedInput\x12!\n\x07pooling\x18\x04 \x01(\x0e\x32\x10.whet.v1.Pooling\x12\x16\n\tnormalize\x18\x05 \x01(\x08H\x00\x88\x01\x01\x12\x17\n\ndimensions\x18\x06 \x01(\x05H\x01\x88\x01\x01\x12&\n\ninput_type\x18\x07 \x01(\x0e\x32\x12.whet.v1.InputType\x12)\n\x07\x61\x64\x61pter\x18\x08 \x01(\x0b\x32\x18.whet.v1.AdapterSelector\x12\x18\n\x0binstruction\x18\t \x01(\tH\x02\x88\x01\x01\x42\x0c\n\n_normalizeB\r\n\x0b_dimensionsB\x0e\n\x0c_instruction\"M\n\nEmbedInput\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12&\n\ttoken_ids\x18\x02 \x01(\x0b\x32\x11.whet.v1.TokenIdsH\x00\x42\x07\n\x05input\"\xd2\x01\n\rEmbedResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12&\n\nembeddings\x18\x02 \x03(\x0b\x32\x12.whet.v1.Embedding\x12\x12\n\ndimensions\x18\x03 \x01(\x05\x12\x12\n\nnum_tokens\x18\x04 \x01(\x03\x12+\n\x08\x64uration\x18\x05 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x1c\n\x0f\x61\x64\x61pter_version\x18\x06 \x01(\x05H\x00\x88\x01\x01\x42\x12\n\x10_adapter_version\"\x1b\n\tEmbedding\x12\x0e\n\x06values\x18\x01 \x03(\x02*W\n\x07Pooling\x12\x17\n\x13POOLING_UNSPECIFIED\x10\x00\x12\x10\n\x0cPOOLING_MEAN\x10\x01\x12\x0f\n\x0bPOOLING_CLS\x10\x02\x12\x10\n\x0cPOOLING_LAST\x10\x03*V\n\tInputType\x12\x1a\n\x16INPUT_TYPE_UNSPECIFIED\x10\x00\x12\x14\n\x10INPUT_TYPE_QUERY\x10\x01\x12\x17\n\x13INPUT_TYPE_DOCUMENT\x10\x02\x32J\n\x10\x45mbeddingService\x12\x36\n\x05\x45mbed\x12\x15.whet.v1.EmbedRequest\x1a\x16.whet.v1.EmbedResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'whet.v1.embedding_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_POOLING']._serialized_start=696
-  _globals['_POOLING']._serialized_end=783
-  _globals['_INPUTTYPE']._serialized_start=785
-  _globals['_INPUTTYPE']._serialized_end=871
+  _globals['_POOLING']._serialized_start=738
+  _globals['_POOLING']._serialized_end=825
+  _globals['_INPUTTYPE']._serialized_start=827
+  _globals['_INPUTTYPE']._serialized_end=913
   _globals['_EMBEDREQUEST']._serialized_start=91
-  _globals['_EMBEDREQUEST']._serialized_end=373
-  _globals['_EMBEDINPUT']._serialized_start=375
-  _globals['_EMBEDINPUT']._serialized_end=452
-  _globals['_EMBEDRESPONSE']._serialized_start=455
-  _globals['_EMBEDRESPONSE']._serialized_end=665
-  _globals['_EMBEDDING']._serialized_start=667
-  _globals['_EMBEDDING']._serialized_end=694
-  _globals['_EMBEDDINGSERVICE']._serialized_start=873
-  _globals['_EMBEDDINGSERVICE']._serialized_end=947
+  _globals['_EMBEDREQUEST']._serialized_end=415
+  _globals['_EMBEDINPUT']._serialized_start=417
+  _globals['_EMBEDINPUT']._serialized_end=494
+  _globals['_EMBEDRESPONSE']._serialized_start=497
+  _globals['_EMBEDRESPONSE']._serialized_end=707
+  _globals['_EMBEDDING']._serialized_start=709
+  _globals['_EMBEDDING']._serialized_end=736
+  _globals['_EMBEDDINGSERVICE']._serialized_start=915
+  _globals['_EMBEDDINGSERVICE']._serialized_end=989
 # @@protoc_insertion_point(module_scope)

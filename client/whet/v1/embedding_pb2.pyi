@@ -75,6 +75,7 @@ class EmbedRequest(_message.Message):
     DIMENSIONS_FIELD_NUMBER: _builtins.int
     INPUT_TYPE_FIELD_NUMBER: _builtins.int
     ADAPTER_FIELD_NUMBER: _builtins.int
+    INSTRUCTION_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     model: _builtins.str
     pooling: Global___Pooling.ValueType
@@ -85,6 +86,11 @@ class EmbedRequest(_message.Message):
     """Keep the first so many dimensions (Matryoshka), before normalising. Default: all."""
     input_type: Global___InputType.ValueType
     """Puts the prefix before texts that the model's files define for this purpose. Token ids are taken as they are."""
+    instruction: _builtins.str
+    """What the vectors are for, in place of the task that the model's own query prefix states: texts are queries, each
+    put as "Instruct: {instruction}\\nQuery:{text}". Refused with input_type DOCUMENT, with token ids, and for a model
+    whose query prefix has no such form. Default: the model's own prefix for input_type.
+    """
     @_builtins.property
     def inputs(self) -> _containers.RepeatedCompositeFieldContainer[Global___EmbedInput]: ...
     @_builtins.property
@@ -102,17 +108,22 @@ class EmbedRequest(_message.Message):
         dimensions: _builtins.int | None = ...,
         input_type: Global___InputType.ValueType = ...,
         adapter: _common_pb2.AdapterSelector | None = ...,
+        instruction: _builtins.str | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_dimensions", b"_dimensions", "_normalize", b"_normalize", "adapter", b"adapter", "dimensions", b"dimensions", "normalize", b"normalize"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_dimensions", b"_dimensions", "_instruction", b"_instruction", "_normalize", b"_normalize", "adapter", b"adapter", "dimensions", b"dimensions", "instruction", b"instruction", "normalize", b"normalize"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_dimensions", b"_dimensions", "_normalize", b"_normalize", "adapter", b"adapter", "dimensions", b"dimensions", "input_type", b"input_type", "inputs", b"inputs", "model", b"model", "normalize", b"normalize", "pooling", b"pooling", "request_id", b"request_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_dimensions", b"_dimensions", "_instruction", b"_instruction", "_normalize", b"_normalize", "adapter", b"adapter", "dimensions", b"dimensions", "input_type", b"input_type", "inputs", b"inputs", "instruction", b"instruction", "model", b"model", "normalize", b"normalize", "pooling", b"pooling", "request_id", b"request_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__dimensions: _TypeAlias = _typing.Literal["dimensions"]  # noqa: Y015
     _WhichOneofArgType__dimensions: _TypeAlias = _typing.Literal["_dimensions", b"_dimensions"]  # noqa: Y015
+    _WhichOneofReturnType__instruction: _TypeAlias = _typing.Literal["instruction"]  # noqa: Y015
+    _WhichOneofArgType__instruction: _TypeAlias = _typing.Literal["_instruction", b"_instruction"]  # noqa: Y015
     _WhichOneofReturnType__normalize: _TypeAlias = _typing.Literal["normalize"]  # noqa: Y015
     _WhichOneofArgType__normalize: _TypeAlias = _typing.Literal["_normalize", b"_normalize"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__dimensions) -> _WhichOneofReturnType__dimensions | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__instruction) -> _WhichOneofReturnType__instruction | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__normalize) -> _WhichOneofReturnType__normalize | None: ...
 

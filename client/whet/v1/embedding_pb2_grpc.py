@@ -48,7 +48,7 @@ class EmbeddingServiceServicer:
 
     def Embed(self, request, context):
         """Embeds inputs, by an encoder (BERT) or by any causal model. An input that is longer than the model's context is
-        refused, not truncated.
+        refused, not truncated, and so is one without tokens; an empty text may have those that its tokenizer adds.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -35,7 +35,7 @@ class EmbeddingServiceStub:
     def __new__(cls, channel: _aio.Channel) -> EmbeddingServiceAsyncStub: ...
     Embed: _grpc.UnaryUnaryMultiCallable[_embedding_pb2.EmbedRequest, _embedding_pb2.EmbedResponse]
     """Embeds inputs, by an encoder (BERT) or by any causal model. An input that is longer than the model's context is
-    refused, not truncated.
+    refused, not truncated, and so is one without tokens; an empty text may have those that its tokenizer adds.
     """
 
 @_typing.type_check_only
@@ -45,7 +45,7 @@ class EmbeddingServiceAsyncStub(EmbeddingServiceStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     Embed: _aio.UnaryUnaryMultiCallable[_embedding_pb2.EmbedRequest, _embedding_pb2.EmbedResponse]  # type: ignore[assignment]
     """Embeds inputs, by an encoder (BERT) or by any causal model. An input that is longer than the model's context is
-    refused, not truncated.
+    refused, not truncated, and so is one without tokens; an empty text may have those that its tokenizer adds.
     """
 
 class EmbeddingServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -58,7 +58,7 @@ class EmbeddingServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_embedding_pb2.EmbedResponse, _abc.Awaitable[_embedding_pb2.EmbedResponse]]:
         """Embeds inputs, by an encoder (BERT) or by any causal model. An input that is longer than the model's context is
-        refused, not truncated.
+        refused, not truncated, and so is one without tokens; an empty text may have those that its tokenizer adds.
         """
 
 def add_EmbeddingServiceServicer_to_server(servicer: EmbeddingServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
