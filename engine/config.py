@@ -98,6 +98,8 @@ class ModelConfig:
         attention_output_gate: q_proj gives a gate beside each query; its sigmoid multiplies the attention's output.
         linear_attention: of "linear_attention" layers; None if there are none.
         moe: None: a dense MLP.
+        mtp_num_hidden_layers: of the head for multi-token prediction that the checkpoint may carry; 0: none.
+        mtp_dedicated_embeddings: that head has embeddings of its own.
         eos_token_ids: any of them ends a completion.
         quantization_config: ``quantization_config`` of config.json as read, or None.
         raw: the whole of config.json, or what GGUF metadata gave in its place.
@@ -130,6 +132,8 @@ class ModelConfig:
     linear_attention: LinearAttentionConfig | None = None
     moe: MoEConfig | None = None
     tie_word_embeddings: bool = False
+    mtp_num_hidden_layers: int = 0
+    mtp_dedicated_embeddings: bool = False
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     pad_token_id: int | None = None

@@ -23,6 +23,7 @@ class ModelInfo:
         weights_digest: identifies the base weights, for adapter lineage.
         tokenizer_path: directory or .gguf file that holds tokenizer and chat template.
         embedding_dimensions: width of embeddings from this model.
+        num_mtp_layers: of its head for multi-token prediction, resident for drafting; 0 where there is none.
     """
 
     name: str
@@ -48,6 +49,7 @@ class ModelInfo:
     load_seconds: float = 0.0
     num_slots: int = 0
     state_bytes: int = 0
+    num_mtp_layers: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -343,6 +343,7 @@ def to_model(
             kv_cache_bytes=info.kv_cache_bytes,
             num_slots=info.num_slots,
             state_bytes=info.state_bytes,
+            num_mtp_layers=info.num_mtp_layers,
             linear_modules=info.linear_modules,
             weights_digest=info.weights_digest,
             embedding_dimensions=info.embedding_dimensions,

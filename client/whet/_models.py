@@ -36,6 +36,7 @@ def from_model(model: model_pb2.Model) -> ModelInfo:
         kv_cache_bytes=model.kv_cache_bytes,
         num_slots=model.num_slots,
         state_bytes=model.state_bytes,
+        num_mtp_layers=model.num_mtp_layers,
         linear_modules=list(model.linear_modules),
         weights_digest=model.weights_digest,
         embedding_dimensions=model.embedding_dimensions,

@@ -273,6 +273,7 @@ class ModelInfo:
         weights_bytes: resident.
         max_model_len: longest context that is served, tokens.
         num_slots, state_bytes: of recurrent state; 0 for models without.
+        num_mtp_layers: of its head for multi-token prediction, kept for drafting; 0 where there is none.
         linear_modules: last name components that LoRA may target.
         weights_digest: identifies the base weights.
         has_chat_template: it can be given chat messages.
@@ -296,6 +297,7 @@ class ModelInfo:
     kv_cache_bytes: int | None = None
     num_slots: int | None = None
     state_bytes: int | None = None
+    num_mtp_layers: int | None = None
     linear_modules: list[str] | None = None
     weights_digest: str | None = None
     embedding_dimensions: int | None = None

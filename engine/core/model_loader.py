@@ -121,4 +121,5 @@ def _info(
         tokenizer_path=str(checkpoint.path),
         embedding_dimensions=config.hidden_size,
         device=str(device),
+        num_mtp_layers=model.num_mtp_layers if isinstance(model, CausalLM) else 0,
     )

@@ -221,6 +221,8 @@ def _qwen3_5(f: Fields, model_type: str) -> dict[str, Any]:
         "attention_output_gate": True,
         "linear_attention": _linear_attention(f),
         "moe": moe,
+        "mtp_num_hidden_layers": f.integer("mtp_num_hidden_layers", 0, low=0, high=MAX_LAYERS),
+        "mtp_dedicated_embeddings": f.boolean("mtp_use_dedicated_embeddings", False),
         "tie_word_embeddings": f.boolean("tie_word_embeddings", False),
     }
 

@@ -31,7 +31,7 @@ _IGNORED = re.compile(
     r"|mtp\..*|(model\.)?(vision_tower|multi_modal_projector|visual)\..*"
 )
 """Buffers that are computed, and parts of a checkpoint that the language model does not have: towers of other
-modalities, and heads that predict several tokens (``mtp``), for as long as no draft method uses them."""
+modalities, and heads for multi-token prediction (``mtp``) that the configuration does not announce."""
 
 _IGNORED_OF_ENCODERS = re.compile(
     r"(cls|classifier|lm_head|pooler|qa_outputs|score|pre_classifier|vocab_\w+|(bert|roberta|mpnet)\.pooler)(\..*)?"
@@ -41,6 +41,8 @@ _IGNORED_OF_ENCODERS = re.compile(
 
 def load_weights(model: nn.Module, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> int:
     """Gives every parameter and persistent buffer of ``model`` its value.
+
+    Optional modules (``Model.optional_modules``) of which the checkpoint has nothing are taken from the model.
 
     Each becomes a tensor of the type that the model declares for it. Where that is the stored type and the device is
     the CPU, it is a view of the memory map: nothing is copied, and processes that load one file share its pages.
@@ -59,6 +61,7 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint, dtype: torch.dtype, d
     wanted = _named_tensors(model)
     assert any(t.dtype == dtype for t in wanted.values()), f"the model was not built for {dtype}"
     sources = match_names(checkpoint.names(), wanted, encoder=checkpoint.config.task == "embed")
+    wanted = _without_absent(model, wanted, sources)
     if "lm_head.weight" not in wanted:
         sources.pop("lm_head.weight", None)
     missing = [name for name in wanted if name not in sources]
@@ -81,6 +84,16 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint, dtype: torch.dtype, d
         _replace(model, name, value)
         total += value.numel() * value.element_size()
     return total
+
+
+def _without_absent(model: nn.Module, wanted: dict[str, Tensor], found: Mapping[str, str]) -> dict[str, Tensor]:
+    """Takes those optional modules from the model of which the checkpoint has nothing, and their names from ``wanted``.
+    One that it has in part stays, so that what it lacks is told."""
+    for name in getattr(model, "optional_modules", ()):
+        if not any(key.startswith(f"{name}.") for key in found):
+            setattr(model, name, None)
+            wanted = {key: tensor for key, tensor in wanted.items() if not key.startswith(f"{name}.")}
+    return wanted
 
 
 def match_names(stored: Iterable[str], wanted: Mapping[str, object], *, encoder: bool = False) -> dict[str, str]:

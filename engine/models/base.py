@@ -7,6 +7,7 @@ loader copies names without a map.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +20,14 @@ from engine.registry import Registry
 
 
 class Model(nn.Module, ABC):
-    """A model over packed tokens. Shapes: T tokens, N chosen positions, D hidden size, V vocabulary."""
+    """A model over packed tokens. Shapes: T tokens, N chosen positions, D hidden size, V vocabulary.
+
+    Attributes:
+        optional_modules: children that a checkpoint may lack; where it has nothing of one, that becomes None.
+    """
 
     config: ModelConfig
+    optional_modules: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -61,6 +67,11 @@ class CausalLM(Model):
     @property
     def num_recurrent_layers(self) -> int:
         """Layers that carry a state from token to token."""
+        return 0
+
+    @property
+    def num_mtp_layers(self) -> int:
+        """Layers of a head for multi-token prediction that the checkpoint brought."""
         return 0
 
 

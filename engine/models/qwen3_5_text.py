@@ -4,7 +4,7 @@ Source: transformers' ``models/qwen3_5``. What sets the family apart: layer kind
 an output gate, norms of q and k, and rotation of a part of head_dim; norms by 1 + weight everywhere except within the
 delta-net. Text positions are the same on all three axes of its rotary sections, so those fall together into one.
 
-``mtp.*``, a drafting head that a checkpoint may carry, has no part in the language model and is passed over in loading.
+``mtp.*``, a head that drafts, is kept where a checkpoint carries it: see qwen3_5_mtp. It has no part in ``forward``.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from engine.config import ModelConfig
+from engine.config import LayerType, ModelConfig
 from engine.context import ForwardContext
 from engine.layers.attention import Attention
 from engine.layers.gated_delta_net import GatedDeltaNet
@@ -22,6 +22,7 @@ from engine.layers.moe import SparseMoE
 from engine.layers.norm import RMSNorm
 from engine.layers.rope import RotaryEmbedding
 from engine.models.base import CausalLM, models, run_layer
+from engine.models.qwen3_5_mtp import Qwen3_5MTP
 from engine.quantization.base import SchemeMap
 
 
@@ -29,16 +30,16 @@ class Qwen3_5DecoderLayer(nn.Module):
     """A token mixer (``linear_attn`` or ``self_attn``) and an MLP, each on normalised input and added to the residual.
 
     Args:
-        index: of the layer.
+        name: full module name.
+        kind: "linear_attention" or "full_attention".
         kind_index: index among the layers of its kind, in the attention cache or the recurrent states.
     """
 
     def __init__(
-        self, config: ModelConfig, index: int, kind_index: int, schemes: SchemeMap, dtype: torch.dtype
+        self, config: ModelConfig, name: str, kind: LayerType, kind_index: int, schemes: SchemeMap, dtype: torch.dtype
     ) -> None:
         super().__init__()
-        name = f"model.layers.{index}"
-        self.is_linear = config.layer_types[index] == "linear_attention"
+        self.is_linear = kind == "linear_attention"
         if self.is_linear:
             self.linear_attn = GatedDeltaNet(config, f"{name}.linear_attn", kind_index, schemes, dtype)
         else:
@@ -69,7 +70,10 @@ class Qwen3_5TextModel(nn.Module):
         )
         kinds = config.layer_types
         self.layers = nn.ModuleList(
-            [Qwen3_5DecoderLayer(config, i, kinds[:i].count(kinds[i]), schemes, dtype) for i in range(len(kinds))]
+            [
+                Qwen3_5DecoderLayer(config, f"model.layers.{i}", kind, kinds[:i].count(kind), schemes, dtype)
+                for i, kind in enumerate(kinds)
+            ]
         )
         self.norm = RMSNorm(config.hidden_size, config.norm_eps, shifted=True, dtype=dtype)
         rope = next(iter(config.rope.values()))
@@ -86,7 +90,10 @@ class Qwen3_5TextModel(nn.Module):
 
 @models.register("qwen3_5_text")
 class Qwen3_5ForCausalLM(CausalLM):
-    """Parameters: see Qwen3_5TextModel; plus ``lm_head`` where the head is not tied to the embeddings."""
+    """Parameters: see Qwen3_5TextModel; plus ``lm_head`` where the head is not tied to the embeddings, and ``mtp``
+    where the configuration announces it and the checkpoint has it."""
+
+    optional_modules = ("mtp",)
 
     def __init__(self, config: ModelConfig, schemes: SchemeMap, dtype: torch.dtype) -> None:
         super().__init__(config)
@@ -101,6 +108,19 @@ class Qwen3_5ForCausalLM(CausalLM):
                 dtype=dtype,
                 lora=False,
             )
+        self.mtp: Qwen3_5MTP | None = None
+        if config.mtp_num_hidden_layers:
+            # The places in the attention cache that would follow those of the model; drafting alone needs them.
+            first = config.layer_types.count("full_attention")
+            layers = [
+                Qwen3_5DecoderLayer(config, f"mtp.layers.{i}", "full_attention", first + i, schemes, dtype)
+                for i in range(config.mtp_num_hidden_layers)
+            ]
+            self.mtp = Qwen3_5MTP(config, layers, schemes, dtype)
+
+    @property
+    def num_mtp_layers(self) -> int:
+        return 0 if self.mtp is None else len(self.mtp.layers)
 
     @property
     def num_attention_layers(self) -> int:
@@ -121,3 +141,16 @@ class Qwen3_5ForCausalLM(CausalLM):
         if self.lm_head is None:
             return self.model.embed_tokens.project(hidden).float()
         return self.lm_head.scheme.apply(self.lm_head, hidden).float()
+
+    def mtp_hidden(self, hidden: Tensor, token_ids: Tensor, ctx: ForwardContext, step: int = 0) -> Tensor:
+        """States from which ``compute_logits`` gives the tokens after the next ones.
+
+        Args:
+            hidden: [T, D], final hidden states h_t (of step k > 0: what step k - 1 returned).
+            token_ids: [T] int64, the token that follows each: t + 1 + step.
+            ctx: of these rows, without a cache; positions are those of the states.
+            step: how many tokens were drafted before.
+        Returns: [T, D].
+        """
+        assert self.mtp is not None, "num_mtp_layers tells whether there is a head"
+        return self.mtp(hidden, token_ids, ctx, self.model.rotary.cos_sin(ctx), self.model.embed_tokens, step)  # type: ignore[no-any-return]

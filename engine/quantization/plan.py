@@ -27,7 +27,7 @@ class SourceModel:
 
     Attributes:
         name: for messages.
-        linears, embeddings: full names of its modules.
+        linears, embeddings: full names of its modules, in their order.
         tensors: parameters and persistent buffers by name, shared ones once.
         is_causal: a language model, and none that only embeds.
         tied: its head is its embedding table.
@@ -142,7 +142,8 @@ def plan_quantization(spec: QuantizeSpec, model: SourceModel, checkpoint: Checkp
     for name, tensor in model.tensors.items():
         dtype, shape = _stored_dtype(checkpoint, stored[name], tensor), tuple(tensor.shape)
         planned.append(PlannedTensor(modules.get(name, name), name, stored[name], name in modules, shape, dtype))
-        if model.tied and spec.quantize_head and name.removesuffix(".weight") in model.embeddings:
+        # The first: a head for multi-token prediction may have embeddings as well.
+        if model.tied and spec.quantize_head and name == f"{model.embeddings[0]}.weight":
             planned.append(PlannedTensor(HEAD, name, stored[name], True, shape, dtype))
     if isinstance(scheme, Int4Grouped):
         _check_groups(planned, scheme.group_size)

@@ -119,6 +119,7 @@ class Model(_message.Message):
     HAS_CHAT_TEMPLATE_FIELD_NUMBER: _builtins.int
     NUM_SLOTS_FIELD_NUMBER: _builtins.int
     STATE_BYTES_FIELD_NUMBER: _builtins.int
+    NUM_MTP_LAYERS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     state: Global___ModelState.ValueType
     error: _builtins.str
@@ -152,6 +153,8 @@ class Model(_message.Message):
     num_slots: _builtins.int
     """Recurrent state, of sequences and of prefixes that are shared; 0 where there is none."""
     state_bytes: _builtins.int
+    num_mtp_layers: _builtins.int
+    """Layers of the head for multi-token prediction that is kept for drafting; 0 where there is none."""
     @_builtins.property
     def linear_modules(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Last name components that LoRA may target."""
@@ -185,10 +188,11 @@ class Model(_message.Message):
         has_chat_template: _builtins.bool | None = ...,
         num_slots: _builtins.int = ...,
         state_bytes: _builtins.int = ...,
+        num_mtp_layers: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_has_chat_template", b"_has_chat_template", "has_chat_template", b"has_chat_template", "load_duration", b"load_duration"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_has_chat_template", b"_has_chat_template", "block_size", b"block_size", "device", b"device", "dtype", b"dtype", "embedding_dimensions", b"embedding_dimensions", "error", b"error", "has_chat_template", b"has_chat_template", "hidden_size", b"hidden_size", "kv_cache_bytes", b"kv_cache_bytes", "linear_modules", b"linear_modules", "load_duration", b"load_duration", "max_model_len", b"max_model_len", "model_type", b"model_type", "name", b"name", "num_blocks", b"num_blocks", "num_layers", b"num_layers", "num_parameters", b"num_parameters", "num_slots", b"num_slots", "quantization", b"quantization", "state", b"state", "state_bytes", b"state_bytes", "task", b"task", "vocab_size", b"vocab_size", "weights_bytes", b"weights_bytes", "weights_digest", b"weights_digest"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_has_chat_template", b"_has_chat_template", "block_size", b"block_size", "device", b"device", "dtype", b"dtype", "embedding_dimensions", b"embedding_dimensions", "error", b"error", "has_chat_template", b"has_chat_template", "hidden_size", b"hidden_size", "kv_cache_bytes", b"kv_cache_bytes", "linear_modules", b"linear_modules", "load_duration", b"load_duration", "max_model_len", b"max_model_len", "model_type", b"model_type", "name", b"name", "num_blocks", b"num_blocks", "num_layers", b"num_layers", "num_mtp_layers", b"num_mtp_layers", "num_parameters", b"num_parameters", "num_slots", b"num_slots", "quantization", b"quantization", "state", b"state", "state_bytes", b"state_bytes", "task", b"task", "vocab_size", b"vocab_size", "weights_bytes", b"weights_bytes", "weights_digest", b"weights_digest"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__has_chat_template: _TypeAlias = _typing.Literal["has_chat_template"]  # noqa: Y015
     _WhichOneofArgType__has_chat_template: _TypeAlias = _typing.Literal["_has_chat_template", b"_has_chat_template"]  # noqa: Y015
