@@ -91,6 +91,20 @@ class TrainParams:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class KLBound:
+    """How far an adapter may go from its base.
+
+    Attributes:
+        probes: token ids of prompts on which the two are compared.
+        max_kl: limit on the mean over the probes' positions of KL(base || adapted), nats per token. A step that would
+            exceed it is halved some times, and if that does not help the run ends before it. None: no limit.
+    """
+
+    probes: list[list[int]]
+    max_kl: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TrainSpec:
     """A LoRA run. The examples lie tokenised in ``dataset_path`` (engine.training.data), never on the wire.
 
@@ -100,6 +114,7 @@ class TrainSpec:
         lora: ignored where init_adapter is given, whose own shape is kept.
         init_adapter, init_adapter_version: continue from this adapter of the same model.
         run_dir: checkpoints go below it; a checkpoint found there is resumed from.
+        bound: None: how far the adapter goes is neither measured nor limited.
     """
 
     job_id: str
@@ -111,6 +126,7 @@ class TrainSpec:
     run_dir: str
     init_adapter: str | None = None
     init_adapter_version: int | None = None
+    bound: KLBound | None = None
 
 
 @dataclass(slots=True, kw_only=True)
@@ -138,6 +154,7 @@ class TrainStep:
         grad_norm: before clipping; None at step 0.
         eta_seconds: None until it can be told.
         peak_memory_bytes: None where it is not known.
+        kl: after the step, of a run with a bound; nats per token.
     """
 
     job_id: str
@@ -153,6 +170,7 @@ class TrainStep:
     eta_seconds: float | None
     peak_memory_bytes: int | None
     skipped: bool = False
+    kl: float | None = None
 
 
 @dataclass(slots=True, kw_only=True)
@@ -196,7 +214,14 @@ class JobWarning:
 
 @dataclass(slots=True, kw_only=True)
 class TrainFinished:
-    """Attributes: stop_reason: "max_steps", "epochs" or "early_stopping"; nlls: None without held-out examples."""
+    """The run has ended.
+
+    Attributes:
+        stop_reason: "max_steps", "epochs", "early_stopping", or "max_kl": one step more would exceed the bound.
+        base_nll, final_nll, best_nll: None without held-out examples.
+        version: None, and adapter_path "", if nothing was published: not one step stayed within the bound.
+        kl: of what was published, of a run with a bound; nats per token.
+    """
 
     job_id: str
     step: int
@@ -210,6 +235,7 @@ class TrainFinished:
     checkpoint_path: str
     seconds: float
     num_tokens: int
+    kl: float | None = None
 
 
 # ------------------------------------------------------------------------------------------------------ quantization

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +29,14 @@ def learning_rate(params: TrainParams, step: int, total_steps: int) -> float:
     if params.schedule == "linear":
         return params.learning_rate * max(0.0, 1.0 - progress)
     return params.learning_rate * max(0.0, 0.5 * (1.0 + math.cos(math.pi * progress)))
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """Attributes: masters: by name; state: by name and quantity."""
+
+    masters: dict[str, Tensor]
+    state: dict[str, dict[str, Any]]
 
 
 class Optimizer:
@@ -79,6 +89,32 @@ class Optimizer:
             for parameter in self._masters.values():
                 parameter.mul_(1.0 - rate * self._params.weight_decay)
         self._optimizer.step()
+
+    def snapshot(self) -> Snapshot:
+        """Copies of the masters and of the state."""
+        state = {
+            name: {
+                quantity: value.clone() if isinstance(value, Tensor) else value
+                for quantity, value in self._optimizer.state.get(parameter, {}).items()
+            }
+            for name, parameter in self._masters.items()
+        }
+        return Snapshot({name: p.detach().clone() for name, p in self._masters.items()}, state)
+
+    @torch.no_grad()
+    def restore(self, snapshot: Snapshot) -> None:
+        """Takes masters and state back; the snapshot is used up."""
+        for name, parameter in self._masters.items():
+            parameter.copy_(snapshot.masters[name])
+            self._optimizer.state.pop(parameter, None)
+            if snapshot.state[name]:
+                self._optimizer.state[parameter] = snapshot.state[name]
+
+    @torch.no_grad()
+    def interpolate(self, before: Snapshot, after: Snapshot, weight: float) -> None:
+        """Sets the masters to before + weight (after - before); the state stays."""
+        for name, parameter in self._masters.items():
+            torch.lerp(before.masters[name], after.masters[name], weight, out=parameter.data)
 
     def state(self) -> dict[str, Tensor]:
         """The state as "<parameter>:<quantity>" to tensors on the CPU; of a new optimizer, nothing."""

@@ -84,6 +84,8 @@ def fingerprint(spec: TrainSpec, dataset: Dataset, loaded: LoadedModel) -> str:
         dataset.digest,
         loaded.info.weights_digest,
     ]
+    if spec.bound is not None:
+        described.append(dataclasses.asdict(spec.bound))
     return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
 
 

@@ -29,6 +29,7 @@ from engine.jobs import (
 )
 from engine.lora.adapter import Adapter
 from engine.names import validate_name
+from engine.training.adaptation import BoundedSteps
 from engine.training.batching import BatchOrder, MicroBatch, micro_batches
 from engine.training.checkpoint import Checkpoints
 from engine.training.dataset import Example, read_dataset
@@ -98,6 +99,10 @@ class _Run:
         self._optimizer = Optimizer(masters(self._adapter), params)
         self._optimizer.load_state(beginning.optimizer_state)
         self._progress = Progress(self._state.seconds)
+        self._bounded = None
+        if spec.bound is not None:
+            self._bounded = BoundedSteps(spec.bound, loaded, self._state.micro_batch_tokens)
+        self._at_bound = False
 
     # ---------------------------------------------------------------------------------------------------- the run
 
@@ -181,27 +186,32 @@ class _Run:
         rate = learning_rate(params, step, self._total_steps)
         norm = self._optimizer.clip() if math.isfinite(total) else None
         skipped = norm is None or not math.isfinite(norm)
-        if not skipped:
+        taken = None
+        if not skipped and self._bounded is not None:
+            taken = yield from self._bounded.step(self._optimizer, self._adapter, rate)
+            self._at_bound = taken is None
+        elif not skipped:
             self._optimizer.step(rate)
         self._optimizer.zero_grad()
+        if self._at_bound or (taken is not None and taken.halvings):
+            assert self._bounded is not None
+            yield self._warning("MAX_KL", self._bounded.describe(step, taken))
+        if self._at_bound:
+            return
         state.step = step
         state.consecutive_skips = state.consecutive_skips + 1 if skipped else 0
         state.num_tokens += sum(len(example) for example in examples)
         seconds = time.monotonic() - begin
         self._progress.observe_step(seconds)
-        yield self._step_event(step, examples, total / num_loss_tokens, rate, norm, seconds, skipped)
+        kl = None if taken is None else taken.kl
+        yield self._step_event(step, examples, total / num_loss_tokens, rate, norm, seconds, skipped, kl)
         if skipped:
             yield from self._after_skip(total / num_loss_tokens, norm)
 
     def _after_skip(self, loss: float, norm: float | None) -> Slices:
         state = self._state
         what = f"the loss is {loss}" if norm is None else f"the gradient norm is {norm}"
-        yield JobWarning(
-            job_id=self._spec.job_id,
-            step=state.step,
-            reason="NON_FINITE_STEP",
-            message=f"step {state.step} was skipped: {what}",
-        )
+        yield self._warning("NON_FINITE_STEP", f"step {state.step} was skipped: {what}")
         if state.consecutive_skips < MAX_CONSECUTIVE_SKIPS:
             return
         # A skipped step changes no weights, so these are still the last good ones.
@@ -215,7 +225,7 @@ class _Run:
     def _after_step(self) -> Slices:
         """What is due after the present step and not done yet: evaluation, publication, checkpoint."""
         state, params = self._state, self._params
-        is_last = state.step >= self._total_steps
+        is_last = self._stop_reason() is not None
         evaluates = state.step == 0 or is_last or _due(params.eval_every, state.step)
         if evaluates and len(self._dataset.evaluation) and state.evaluated_step < state.step:
             yield from self._evaluate()
@@ -229,6 +239,8 @@ class _Run:
         patience = self._params.early_stopping_patience
         if self._state.step >= self._total_steps:
             return self._ends_by
+        if self._at_bound:
+            return "max_kl"
         if patience and self._state.evaluations_without_improvement >= patience:
             return "early_stopping"
         return None
@@ -257,12 +269,8 @@ class _Run:
         if is_best:
             yield self._checkpoint(is_best=True)
         if not math.isfinite(nll):
-            yield JobWarning(
-                job_id=self._spec.job_id,
-                step=state.step,
-                reason="NON_FINITE_EVALUATION",
-                message=f"the held-out NLL after step {state.step} is {nll}; it counts as no improvement",
-            )
+            message = f"the held-out NLL after step {state.step} is {nll}; it counts as no improvement"
+            yield self._warning("NON_FINITE_EVALUATION", message)
 
     def _finish(self, stop_reason: str) -> Slices:
         state = self._state
@@ -271,15 +279,15 @@ class _Run:
             adapter = load_masters(self._checkpoints.best, self._spec.adapter, self._loaded)
             nll = state.best_nll
             if state.best_step == 0:
-                yield JobWarning(
-                    job_id=self._spec.job_id,
-                    step=state.step,
-                    reason="NO_IMPROVEMENT",
-                    message=f"no evaluation was better than the base's ({state.base_nll:.4f}); what is published as "
-                    "best are the weights that the run began with",
-                )
-        published = self._publish(adapter, nll)
-        yield published
+                message = f"no evaluation was better than the base's ({state.base_nll:.4f}); what is published as best "
+                yield self._warning("NO_IMPROVEMENT", message + "are the weights that the run began with")
+        kl, version = None, None
+        if self._bounded is not None:
+            kl = yield from self._bounded.kl(adapter)
+        if self._may_publish(kl):
+            published = self._publish(adapter, nll)
+            version = published.version
+            yield published
         yield TrainFinished(
             job_id=self._spec.job_id,
             step=state.step,
@@ -288,12 +296,19 @@ class _Run:
             final_nll=state.last_nll,
             best_nll=state.best_nll,
             best_step=state.best_step,
-            version=published.version,
-            adapter_path=str(self._loaded.adapters.path(self._spec.adapter, published.version)),
+            version=version,
+            adapter_path="" if version is None else str(self._loaded.adapters.path(self._spec.adapter, version)),
             checkpoint_path=str(self._checkpoints.path(state.step)),
             seconds=self._progress.seconds,
             num_tokens=state.num_tokens,
+            kl=None if version is None else kl,
         )
+
+    def _may_publish(self, kl: float | None) -> bool:
+        """Whether the weights are within the bound. Those that the run began with are no result of it."""
+        if self._bounded is None or self._bounded.max_kl is None:
+            return True
+        return self._state.step > 0 and kl is not None and kl <= self._bounded.max_kl
 
     # ------------------------------------------------------------------------------------------------------- pieces
 
@@ -318,6 +333,7 @@ class _Run:
         norm: float | None,
         seconds: float,
         skipped: bool = False,
+        kl: float | None = None,
     ) -> TrainStep:
         num_tokens = sum(len(example) for example in examples)
         return TrainStep(
@@ -334,7 +350,11 @@ class _Run:
             eta_seconds=self._progress.eta_seconds(self._total_steps - step),
             peak_memory_bytes=peak_memory_bytes(self._loaded.device),
             skipped=skipped,
+            kl=kl,
         )
+
+    def _warning(self, reason: str, message: str) -> JobWarning:
+        return JobWarning(job_id=self._spec.job_id, step=self._state.step, reason=reason, message=message)
 
     def _checkpoint(self, *, is_best: bool) -> TrainCheckpoint:
         begin = time.monotonic()
