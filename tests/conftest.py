@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 from pathlib import Path
@@ -14,6 +15,13 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Servers, workers and references share few cores in tests; threads that spin while they wait take them from each other.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+with contextlib.suppress(ImportError):  # a bare GPU image has no hypothesis
+    from hypothesis import settings
+
+    # A busy neighbour makes any example slow once.
+    settings.register_profile("whet", deadline=None)
+    settings.load_profile("whet")
 
 
 def package_file(package: str, relative: str) -> Path:
