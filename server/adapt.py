@@ -16,21 +16,18 @@ from engine.errors import (
     InternalError,
     InvalidArgumentError,
 )
-from engine.jobs import LoRAParams, TrainFinished, TrainParams, TrainSpec, TrainStarted
+from engine.jobs import KLBound, LoRAParams, TrainFinished, TrainParams, TrainSpec, TrainStarted
 from engine.names import validate_name
-from server import convert
 from server import convert_training as convert_runs
 from server.datasets import RunDataset
 from server.errors import error_from_code, over_limit
 from server.models import ReadyModel
-from server.prompts import in_thread_if
+from server.prompts import in_thread_if, resolve_prompt
 from server.rpc import current_call, new_request_id
 from server.run_manager import RunManager
 from server.runs import RunRecord
 from server.services.base import Services
 from whet.v1 import training_pb2
-
-DEFAULT_MAX_SEQ_LEN = 1024
 
 
 class Adaptation:
@@ -46,18 +43,20 @@ class Adaptation:
         """Trains, publishes, and replies."""
         with self._services.working_on(request.model, task="generate") as model:
             adapter = validate_name(request.adapter, "adapter")
-            params = self._params(request, model)
+            config = self._services.config
+            longest = min(model.info.max_model_len, config.max_example_tokens)
+            params, max_kl = convert_runs.from_adapt_request(request, config, longest)
             loss_on = convert_runs.from_loss_on(request.loss_on)
             if not request.examples:
                 raise InvalidArgumentError("examples is empty; accepted: at least one", field="examples")
-            if len(request.examples) > self._services.config.max_adapt_examples:
-                limit = self._services.config.max_adapt_examples
-                raise over_limit("examples", len(request.examples), limit, "examples")
+            if len(request.examples) > config.max_adapt_examples:
+                raise over_limit("examples", len(request.examples), config.max_adapt_examples, "examples")
+            bound = await self._bound(request, model, max_kl)
             lock = self._locks.setdefault((model.name, adapter), asyncio.Lock())
             async with lock:
                 run = await self._runs.find_request(request.request_id) if request.request_id else None
                 if run is None:
-                    run = await self._begin(request, model, params, loss_on)
+                    run = await self._begin(request, model, params, loss_on, bound)
                 elif (run.kind, run.model, run.adapter) != ("adapt", model.name, adapter):
                     raise AlreadyExistsError(
                         f"request_id {request.request_id!r} was used for another call; accepted: one id per request",
@@ -67,26 +66,34 @@ class Adaptation:
                 current_call().notes["run_id"] = run.run_id
                 return await self._reply(run)
 
-    def _params(self, request: training_pb2.AdaptRequest, model: ReadyModel) -> TrainParams:
+    async def _bound(
+        self, request: training_pb2.AdaptRequest, model: ReadyModel, max_kl: float | None
+    ) -> KLBound | None:
+        """Probes as token ids. Raises InvalidArgumentError: they are too many, empty, or too long."""
         config = self._services.config
-        longest = min(model.info.max_model_len, config.max_example_tokens)
-        steps = request.steps if request.HasField("steps") else 1
-        rate = request.learning_rate if request.HasField("learning_rate") else TrainParams().learning_rate
-        norm = request.max_grad_norm if request.HasField("max_grad_norm") else TrainParams().max_grad_norm
-        length = request.max_seq_len if request.HasField("max_seq_len") else min(DEFAULT_MAX_SEQ_LEN, longest)
-        return TrainParams(
-            learning_rate=convert.number(rate, "learning_rate", 0.0, 1e3, low_open=True),
-            max_grad_norm=convert.number(norm, "max_grad_norm", 0.0, 1e9),
-            batch_size=max(len(request.examples), 1),
-            max_steps=convert.integer(steps, "steps", 1, config.max_adapt_steps),
-            max_seq_len=convert.integer(length, "max_seq_len", 2, longest),
-            seed=convert.integer(request.seed, "seed", 0, 2**63 - 1),
-            shuffle=False,
-            publish="last",
-        )
+        if len(request.probe_prompts) > config.max_adapt_probes:
+            raise over_limit("probe_prompts", len(request.probe_prompts), config.max_adapt_probes, "prompts")
+        probes: list[list[int]] = []
+        for index, prompt in enumerate(request.probe_prompts):
+            field = f"probe_prompts[{index}]"
+            resolved = await resolve_prompt(prompt, model.tokenizer, model.info.vocab_size, config, field)
+            if len(resolved.token_ids) > model.info.max_model_len:
+                raise over_limit(
+                    field, len(resolved.token_ids), model.info.max_model_len, "tokens, the model's context"
+                )
+            probes.append(resolved.token_ids)
+            num_tokens = sum(map(len, probes))
+            if num_tokens > config.max_adapt_probe_tokens:
+                raise over_limit(field, num_tokens, config.max_adapt_probe_tokens, "tokens in all probe prompts")
+        return KLBound(probes=probes, max_kl=max_kl) if probes else None
 
     async def _begin(
-        self, request: training_pb2.AdaptRequest, model: ReadyModel, params: TrainParams, loss_on: str
+        self,
+        request: training_pb2.AdaptRequest,
+        model: ReadyModel,
+        params: TrainParams,
+        loss_on: str,
+        bound: KLBound | None,
     ) -> RunRecord:
         lora, init_version = await self._shape(request, model)
         run_id = new_request_id()
@@ -107,6 +114,7 @@ class Adaptation:
             run_dir=str(run_dir),
             init_adapter=request.adapter if init_version is not None else None,
             init_adapter_version=init_version,
+            bound=bound,
         )
         return await self._runs.start(
             spec,
@@ -170,12 +178,4 @@ class Adaptation:
             )
         if started is None or finished is None or finished.base_nll is None or finished.final_nll is None:
             raise InternalError(f"run {run.run_id} ended without its losses")
-        return training_pb2.AdaptResponse(
-            loss_before=finished.base_nll,
-            loss_after=finished.final_nll,
-            version=finished.version or 0,
-            steps=finished.step,
-            num_tokens=finished.num_tokens,
-            num_loss_tokens=started.num_loss_tokens,
-            duration=convert.to_duration(finished.seconds),
-        )
+        return convert_runs.to_adapt_response(started, finished)

@@ -199,6 +199,10 @@ class ServerConfig(BaseSettings):
     max_lora_rank: int = Field(default=512, ge=1, description="Largest rank of an adapter to train.")
     max_adapt_examples: int = Field(default=64, ge=1, description="Examples of one Adapt call.")
     max_adapt_steps: int = Field(default=100, ge=1, description="Steps of one Adapt call.")
+    max_adapt_probes: int = Field(default=32, ge=0, description="Probe prompts of one Adapt call.")
+    max_adapt_probe_tokens: int = Field(
+        default=4096, ge=1, description="Tokens of all probe prompts of one Adapt call; after each step all are scored."
+    )
     max_embed_inputs: int = Field(default=2048, ge=1, description="Inputs of one Embed call.")
     max_embed_tokens: int = Field(default=1 << 20, ge=1, description="Tokens of all inputs of one Embed call.")
     max_perplexity_tokens: int = Field(default=4 << 20, ge=2, description="Tokens of one Perplexity call.")

@@ -33,6 +33,8 @@ from server.runs import EventRecord, RunRecord, RunState
 from whet.v1 import training_pb2
 
 MAX_REPORTED_REJECTIONS = 100
+ADAPT_MAX_SEQ_LEN = 1024
+"""Of Adapt, unless it is told otherwise."""
 
 _OPTIMIZERS: dict[int, str] = {training_pb2.OPTIMIZER_ADAMW: "adamw", training_pb2.OPTIMIZER_SGD: "sgd"}
 _SCHEDULES: dict[int, str] = {
@@ -65,6 +67,7 @@ _STOP_REASONS = {
     "max_steps": training_pb2.STOP_REASON_MAX_STEPS,
     "epochs": training_pb2.STOP_REASON_EPOCHS,
     "early_stopping": training_pb2.STOP_REASON_EARLY_STOPPING,
+    "max_kl": training_pb2.STOP_REASON_MAX_KL,
 }
 
 
@@ -202,6 +205,56 @@ def from_train_params(message: training_pb2.TrainParams, config: ServerConfig) -
             "params has neither max_steps nor epochs; accepted: at least one of them", field="params.max_steps"
         )
     return params
+
+
+def from_adapt_request(
+    message: training_pb2.AdaptRequest, config: ServerConfig, longest: int
+) -> tuple[TrainParams, float | None]:
+    """How to adapt, and the limit on the KL.
+
+    Args:
+        longest: tokens of an example that the model and the server allow.
+    Raises:
+        InvalidArgumentError: naming the field, its value and what is accepted.
+    """
+    params = TrainParams(
+        **_numbers(message, ("learning_rate", "max_grad_norm", "seed", "momentum", "weight_decay")),
+        optimizer=from_enum(message.optimizer, _OPTIMIZERS, "adamw", "optimizer"),  # type: ignore[arg-type]
+        batch_size=max(len(message.examples), 1),
+        max_steps=message.steps if message.HasField("steps") else 1,
+        max_seq_len=message.max_seq_len if message.HasField("max_seq_len") else min(ADAPT_MAX_SEQ_LEN, longest),
+        shuffle=False,
+        publish="last",
+    )
+    number(params.learning_rate, "learning_rate", 0.0, 1e3, low_open=True)
+    number(params.momentum, "momentum", 0.0, 1.0, high_open=True)
+    number(params.weight_decay, "weight_decay", 0.0, 1e3)
+    number(params.max_grad_norm, "max_grad_norm", 0.0, 1e9)
+    integer(params.max_steps or 0, "steps", 1, config.max_adapt_steps)
+    integer(params.max_seq_len, "max_seq_len", 2, longest)
+    integer(params.seed, "seed", 0, 2**63 - 1)
+    if not message.HasField("max_kl"):
+        return params, None
+    if not message.probe_prompts:
+        raise InvalidArgumentError("max_kl is set without probe_prompts; accepted: both, or neither", field="max_kl")
+    return params, number(message.max_kl, "max_kl", 0.0, 1e6, low_open=True)
+
+
+def to_adapt_response(started: TrainStarted, finished: TrainFinished) -> training_pb2.AdaptResponse:
+    """What became of a run of Adapt, whose examples are held out as well."""
+    assert finished.base_nll is not None
+    assert finished.final_nll is not None
+    return training_pb2.AdaptResponse(
+        loss_before=finished.base_nll,
+        loss_after=finished.final_nll,
+        version=finished.version,
+        steps=finished.step,
+        num_tokens=finished.num_tokens,
+        num_loss_tokens=started.num_loss_tokens,
+        duration=to_duration(finished.seconds),
+        kl=finished.kl,
+        stop_reason=_STOP_REASONS[finished.stop_reason],
+    )
 
 
 def to_resolved_config(request: RunRequest, message: training_pb2.TrainConfig) -> str:
@@ -401,6 +454,7 @@ def _to_step(event: TrainStep) -> training_pb2.RunStep:
         eta=to_duration(event.eta_seconds),
         peak_memory_bytes=event.peak_memory_bytes,
         skipped=event.skipped,
+        kl=event.kl,
     )
 
 
@@ -417,6 +471,7 @@ def _to_finished(event: TrainFinished) -> training_pb2.RunFinished:
         checkpoint_path=event.checkpoint_path,
         duration=to_duration(event.seconds),
         num_tokens=event.num_tokens,
+        kl=event.kl,
     )
 
 

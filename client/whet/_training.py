@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from whet import events
 from whet._examples import ExampleSource, to_examples
+from whet._generation import to_prompt
 from whet._values import (
     adapter_selector,
     check_options,
@@ -23,7 +24,7 @@ from whet._values import (
 )
 from whet.errors import RunFailedError, UnavailableError
 from whet.options import AdaptOptions, LoRAOptions, TrainOptions
-from whet.types import Adaptation, RunError, RunInfo
+from whet.types import Adaptation, Prompt, RunError, RunInfo
 from whet.v1 import training_pb2
 
 _LORA = ("rank", "alpha", "dropout", "use_rslora", "target_modules", "layers")
@@ -40,6 +41,9 @@ _ENUMS: tuple[tuple[str, Any, str], ...] = (
     ("loss_on", training_pb2.LossOn, "LOSS_ON_"),
     ("publish", training_pb2.Publish, "PUBLISH_"),
 )
+_ADAPT = (
+    "steps", "learning_rate", "momentum", "weight_decay", "max_grad_norm", "max_seq_len", "seed", "max_kl",
+)  # fmt: skip
 _MESSAGE_BYTES = 256 << 10
 
 GRPC_CODES = (
@@ -124,9 +128,20 @@ def adapt_request(
         lora=_lora(options),
         examples=to_examples(examples),
         loss_on=enum_value(training_pb2.LossOn, "LOSS_ON_", options.get("loss_on"), "loss_on"),
+        optimizer=enum_value(training_pb2.Optimizer, "OPTIMIZER_", options.get("optimizer"), "optimizer"),
+        probe_prompts=[to_prompt(prompt) for prompt in _probes(options.get("probe_prompts"))],
     )
-    fill(request, options, ("steps", "learning_rate", "max_grad_norm", "max_seq_len", "seed"))
+    fill(request, options, _ADAPT)
     return request
+
+
+def _probes(prompts: object) -> Sequence[Prompt]:
+    """The prompts. A str or token ids would pass as a sequence of prompts, each of one character or id."""
+    if prompts is None:
+        return ()
+    if isinstance(prompts, str) or not isinstance(prompts, Sequence) or any(isinstance(p, int) for p in prompts):
+        reject("probe_prompts", prompts, "a list of prompts")
+    return prompts
 
 
 def from_adaptation(response: training_pb2.AdaptResponse) -> Adaptation:
@@ -134,8 +149,10 @@ def from_adaptation(response: training_pb2.AdaptResponse) -> Adaptation:
     return Adaptation(
         loss_before=response.loss_before,
         loss_after=response.loss_after,
-        version=response.version,
+        version=optional(response, "version"),
         steps=response.steps,
+        stop_reason=enum_word(training_pb2.StopReason, "STOP_REASON_", response.stop_reason),
+        kl=optional(response, "kl"),
         num_tokens=response.num_tokens,
         num_loss_tokens=response.num_loss_tokens,
         seconds=known_seconds(response, "duration"),
@@ -351,6 +368,7 @@ def _from_step(step: training_pb2.RunStep, common: dict[str, Any]) -> events.Ste
         eta_seconds=seconds(step, "eta"),
         peak_memory_bytes=optional(step, "peak_memory_bytes"),
         skipped=step.skipped,
+        kl=optional(step, "kl"),
     )
 
 
@@ -368,6 +386,7 @@ def _from_finished(finished: training_pb2.RunFinished, common: dict[str, Any]) -
         checkpoint_path=finished.checkpoint_path,
         seconds=seconds(finished, "duration"),
         num_tokens=finished.num_tokens,
+        kl=optional(finished, "kl"),
     )
 
 

@@ -68,6 +68,7 @@ class Step(Event):
         eta_seconds: until the last step.
         peak_memory_bytes: of the device, where it is known.
         skipped: the loss or the gradient was not finite; nothing was updated.
+        kl: from the base, after the step; None but for runs of ``adapt`` with probes.
     """
 
     step: int
@@ -82,6 +83,7 @@ class Step(Event):
     eta_seconds: float | None
     peak_memory_bytes: int | None
     skipped: bool
+    kl: float | None
     kind: Literal["step"] = "step"
 
 
@@ -138,10 +140,11 @@ class Finished(Event):
     """The last event.
 
     Attributes:
-        stop_reason: "max_steps", "epochs", "early_stopping" or "cancelled".
+        stop_reason: "max_steps", "epochs", "early_stopping", "max_kl" or "cancelled".
         base_nll, final_nll, best_nll, best_step: held-out; None where nothing was held out.
         version: of the adapter, now live; None if nothing was published.
         adapter_path, checkpoint_path: on the server, or "".
+        kl: from the base, of what was published; None but for runs of ``adapt`` with probes.
     """
 
     step: int
@@ -155,6 +158,7 @@ class Finished(Event):
     checkpoint_path: str
     seconds: float | None
     num_tokens: int
+    kl: float | None
     kind: Literal["finished"] = "finished"
 
 

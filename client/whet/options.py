@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TypedDict
 
+from whet.types import Prompt
+
 
 class GenerateOptions(TypedDict, total=False):
     """Options of ``generate`` and ``complete``.
@@ -149,6 +151,10 @@ class AdaptOptions(LoRAOptions, total=False):
     Attributes:
         steps: optimizer steps, each on all examples. Default: 1.
         learning_rate: default: 1e-4.
+        optimizer: "adamw" or "sgd"; its state begins anew with each call.
+        probe_prompts: each a text, token ids or chat messages, on which the adapted model is compared with its base.
+        max_kl: how far it may go: mean over the positions of the probes of KL(base || adapted), nats per token. A step
+            that would exceed it is halved, or not taken. Default: no limit.
         loss_on: "completion" or "all".
         request_id: a repeated call with the same id gets the first one's answer. Default: a new one.
         timeout: seconds; default: the client's.
@@ -156,10 +162,15 @@ class AdaptOptions(LoRAOptions, total=False):
 
     steps: int | None
     learning_rate: float | None
+    optimizer: str | None
+    momentum: float | None
+    weight_decay: float | None
     max_grad_norm: float | None
     max_seq_len: int | None
     loss_on: str | None
     seed: int | None
+    probe_prompts: Sequence[Prompt] | None
+    max_kl: float | None
     request_id: str | None
     timeout: float | None
 

@@ -384,13 +384,19 @@ class Adaptation:
 
     Attributes:
         loss_before, loss_after: mean over the examples' loss tokens.
-        version: of the adapter, now live.
+        version: of the adapter, now live; None if nothing was published, because no step was within max_kl.
+        steps: that were kept.
+        stop_reason: "max_steps", or "max_kl".
+        kl: of what was published, mean over the positions of the probes of KL(base || adapted), nats per token; None
+            without probes.
     """
 
     loss_before: float
     loss_after: float
-    version: int
+    version: int | None
     steps: int
+    stop_reason: str
+    kl: float | None
     num_tokens: int
     num_loss_tokens: int
     seconds: float

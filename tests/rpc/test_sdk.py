@@ -65,7 +65,12 @@ def test_training_and_its_adapter(client: Client, tmp_path: Path) -> None:
     assert {adapter.name for adapter in client.adapters(model=MODEL)} >= {"sdk-tone", "sdk-copy"}
     adapted = client.adapt(EXAMPLES[:2], model=MODEL, adapter="sdk-copy", steps=2, learning_rate=1e-2)
     assert adapted.loss_after < adapted.loss_before
-    assert adapted.version == 2
+    assert (adapted.version, adapted.kl, adapted.stop_reason) == (2, None, "max_steps")
+    bounded = client.adapt(
+        EXAMPLES[:2], model=MODEL, adapter="sdk-copy", optimizer="sgd", probe_prompts=["Hello", [5, 6]], max_kl=0.5
+    )
+    assert bounded.kl is not None
+    assert 0.0 < bounded.kl <= 0.5
 
 
 def test_the_other_jobs(client: Client) -> None:

@@ -244,57 +244,6 @@ def test_only_generative_models_train(stubs: Stubs) -> None:
         train(stubs, adapter=next(names), init_adapter=unknown)
 
 
-# -------------------------------------------------------------------------------------------------------------- adapt
-
-
-def adapt(stubs: Stubs, name: str, **fields: Any) -> training_pb2.AdaptResponse:
-    values = {"examples": examples(4), "steps": 3, "learning_rate": 1e-2} | fields
-    message = training_pb2.AdaptRequest(model=MODEL, adapter=name, **values)
-    return stubs.training.Adapt(message, timeout=TIMEOUT)
-
-
-def test_adapt_learns_and_goes_on_from_where_it_was(stubs: Stubs) -> None:
-    name = next(names)
-    first = adapt(stubs, name)
-    assert first.loss_after < first.loss_before
-    assert (first.version, first.steps) == (1, 3)
-    assert first.num_loss_tokens > 0
-    second = adapt(stubs, name)
-    assert second.version == 2
-    assert second.loss_before == pytest.approx(first.loss_after, rel=1e-4)
-    assert second.loss_after < second.loss_before
-    reply = generate(stubs, adapter=common_pb2.AdapterSelector(name=name))
-    assert reply.started.adapter_version == 2
-
-
-def test_adapt_is_done_once_for_one_request_id(stubs: Stubs) -> None:
-    name = next(names)
-    first = adapt(stubs, name, request_id=f"adapt-{name}")
-    assert adapt(stubs, name, request_id=f"adapt-{name}") == first
-    assert adapt(stubs, name).version == 2
-
-
-@pytest.mark.parametrize(
-    ("field", "values"),
-    [
-        ("examples", {"examples": []}),
-        ("examples", {"examples": examples(65)}),
-        ("examples[0]", {"examples": [training_pb2.TrainExample(text="")]}),
-        ("steps", {"steps": 0}),
-        ("steps", {"steps": 101}),
-        ("learning_rate", {"learning_rate": math.inf}),
-        ("max_seq_len", {"max_seq_len": 1}),
-        ("lora.rank", {"lora": training_pb2.LoRAConfig(rank=-1)}),
-        ("adapter", {"adapter": "a/b"}),
-        ("seed", {"seed": -1}),
-    ],
-)
-def test_adapt_names_a_bad_value(stubs: Stubs, field: str, values: dict[str, Any]) -> None:
-    with fails(INVALID, field=field):
-        message = {"model": MODEL, "adapter": "bad", "examples": examples(1)} | values
-        stubs.training.Adapt(training_pb2.AdaptRequest(**message), timeout=TIMEOUT)
-
-
 # ------------------------------------------------------------------------------------------------- drain and restart
 
 

@@ -167,6 +167,33 @@ def test_train_prints_its_events_and_sends_its_options(
     assert list(config.lora.target_modules) == ["q_proj"]
 
 
+def test_adapt_sends_its_bounds_and_tells_the_outcome(
+    server: WireServer, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"text": "a"}\n')
+    arguments = ["adapt", str(data), "-a", "tone", "--steps", "2", "--max-kl", "0.1", "--probe-prompt", "p"]
+    kept = training_pb2.AdaptResponse(
+        loss_before=2.0, loss_after=1.5, version=4, steps=2, kl=0.05, stop_reason=training_pb2.STOP_REASON_MAX_STEPS
+    )
+    server.on("Adapt", lambda *_: kept)
+    assert whet_command(server, *arguments, "--probe-prompt", "q", "--optimizer", "sgd") == 0
+    expected = "loss 2.0000 before, 1.5000 after 2 steps (max_steps); KL from the base 0.05; tone version 4 is live\n"
+    assert capsys.readouterr().out == expected
+    request = server.calls[-1].request
+    assert (request.model, request.adapter, request.steps, request.max_kl) == ("talker", "tone", 2, 0.1)
+    assert [prompt.text for prompt in request.probe_prompts] == ["p", "q"]
+    assert request.optimizer == training_pb2.OPTIMIZER_SGD
+    assert not request.HasField("lora")
+    refused = training_pb2.AdaptResponse(loss_before=2.0, loss_after=2.0, stop_reason=training_pb2.STOP_REASON_MAX_KL)
+    server.on("Adapt", lambda *_: refused)
+    assert whet_command(server, *arguments) == 0
+    assert capsys.readouterr().out == "loss 2.0000 before, 2.0000 after 0 steps (max_kl); nothing was published\n"
+    assert whet_command(server, *arguments, "--json") == 0
+    [line] = _lines(capsys.readouterr().out)
+    assert (line["kind"], line["version"], line["kl"]) == ("adaptation", None, None)
+
+
 def test_perplexity_embed_quantize_and_tokenize_print_their_results(
     server: WireServer, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -294,6 +294,54 @@ def test_adapt_sends_a_shape_only_if_one_is_given() -> None:
     assert _training.adapt_request([], "m", "a", {"rank": 2}).lora.rank == 2
 
 
+ADAPT: AdaptOptions = {
+    "rank": 4,
+    "alpha": 0.5,
+    "dropout": 0.0,
+    "use_rslora": True,
+    "target_modules": ["q_proj"],
+    "layers": [0, 3],
+    "steps": 2,
+    "learning_rate": 3e-4,
+    "optimizer": "sgd",
+    "momentum": 0.9,
+    "weight_decay": 0.0,
+    "max_grad_norm": 0.0,
+    "max_seq_len": 64,
+    "loss_on": "all",
+    "seed": 0,
+    "probe_prompts": ["text", [1, 2], [{"role": "user", "content": "hi"}]],
+    "max_kl": 0.1,
+    "request_id": "mine",
+}
+
+
+def test_every_adapt_option_arrives() -> None:
+    request = _training.adapt_request([{"text": "a"}], "m", "a", ADAPT)
+    # Nothing that can be asked for is missing above, and nothing of the message is left unset.
+    assert set(ADAPT) == set(AdaptOptions.__annotations__) - {"timeout"}
+    assert {field.name for field, _ in request.ListFields()} == {field.name for field in request.DESCRIPTOR.fields}
+    assert (request.optimizer, request.momentum, request.max_kl) == (training_pb2.OPTIMIZER_SGD, 0.9, 0.1)
+    kinds = [prompt.WhichOneof("input") for prompt in request.probe_prompts]
+    assert kinds == ["text", "token_ids", "chat"]
+
+
+@pytest.mark.parametrize("probes", ["one text", [1, 2, 3]])
+def test_a_single_prompt_is_no_list_of_probes(probes: Any) -> None:
+    with pytest.raises(whet.InvalidArgumentError, match="probe_prompts"):
+        _training.adapt_request([], "m", "a", {"probe_prompts": probes})
+
+
+def test_an_adaptation_says_what_was_published() -> None:
+    response = training_pb2.AdaptResponse(
+        version=3, steps=2, kl=0.0, stop_reason=training_pb2.STOP_REASON_MAX_KL, loss_before=2.0, loss_after=1.0
+    )
+    done = _training.from_adaptation(response)
+    assert (done.version, done.steps, done.kl, done.stop_reason) == (3, 2, 0.0, "max_kl")
+    nothing = _training.from_adaptation(training_pb2.AdaptResponse())
+    assert (nothing.version, nothing.kl) == (None, None)
+
+
 # --------------------------------------------------------------------------------------------------------- responses
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 import whet
+from whet.cli.adapt import adapt
 from whet.cli.adapters import adapters
 from whet.cli.app import run, settings_options
 from whet.cli.generate import chat, generate, tokenize
@@ -20,7 +21,7 @@ def cli() -> None:
     """Use a Whet server."""
 
 
-for command in (chat, generate, train, quantize, perplexity, embed, models, adapters, runs, tokenize):
+for command in (chat, generate, train, adapt, quantize, perplexity, embed, models, adapters, runs, tokenize):
     cli.add_command(command)
 
 __all__ = ["cli", "run"]

@@ -173,6 +173,8 @@ class _StopReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_StopReason
     STOP_REASON_EPOCHS: _StopReason.ValueType  # 2
     STOP_REASON_EARLY_STOPPING: _StopReason.ValueType  # 3
     STOP_REASON_CANCELLED: _StopReason.ValueType  # 4
+    STOP_REASON_MAX_KL: _StopReason.ValueType  # 5
+    """One step more would have gone further from the base than AdaptRequest.max_kl."""
 
 class StopReason(_StopReason, metaclass=_StopReasonEnumTypeWrapper): ...
 
@@ -181,6 +183,8 @@ STOP_REASON_MAX_STEPS: StopReason.ValueType  # 1
 STOP_REASON_EPOCHS: StopReason.ValueType  # 2
 STOP_REASON_EARLY_STOPPING: StopReason.ValueType  # 3
 STOP_REASON_CANCELLED: StopReason.ValueType  # 4
+STOP_REASON_MAX_KL: StopReason.ValueType  # 5
+"""One step more would have gone further from the base than AdaptRequest.max_kl."""
 Global___StopReason: _TypeAlias = StopReason  # noqa: Y015
 
 class _RunState:
@@ -903,6 +907,7 @@ class RunStep(_message.Message):
     ETA_FIELD_NUMBER: _builtins.int
     PEAK_MEMORY_BYTES_FIELD_NUMBER: _builtins.int
     SKIPPED_FIELD_NUMBER: _builtins.int
+    KL_FIELD_NUMBER: _builtins.int
     step: _builtins.int
     epoch: _builtins.float
     loss: _builtins.float
@@ -917,6 +922,8 @@ class RunStep(_message.Message):
     """Of the device."""
     skipped: _builtins.bool
     """The loss or the gradient was not finite; nothing was updated."""
+    kl: _builtins.float
+    """After the step, as AdaptResponse.kl; set in runs of Adapt with probe_prompts."""
     @_builtins.property
     def step_duration(self) -> _duration_pb2.Duration: ...
     @_builtins.property
@@ -938,19 +945,24 @@ class RunStep(_message.Message):
         eta: _duration_pb2.Duration | None = ...,
         peak_memory_bytes: _builtins.int | None = ...,
         skipped: _builtins.bool = ...,
+        kl: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_grad_norm", b"_grad_norm", "_peak_memory_bytes", b"_peak_memory_bytes", "_tokens_per_second", b"_tokens_per_second", "eta", b"eta", "grad_norm", b"grad_norm", "peak_memory_bytes", b"peak_memory_bytes", "step_duration", b"step_duration", "tokens_per_second", b"tokens_per_second"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_grad_norm", b"_grad_norm", "_kl", b"_kl", "_peak_memory_bytes", b"_peak_memory_bytes", "_tokens_per_second", b"_tokens_per_second", "eta", b"eta", "grad_norm", b"grad_norm", "kl", b"kl", "peak_memory_bytes", b"peak_memory_bytes", "step_duration", b"step_duration", "tokens_per_second", b"tokens_per_second"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_grad_norm", b"_grad_norm", "_peak_memory_bytes", b"_peak_memory_bytes", "_tokens_per_second", b"_tokens_per_second", "epoch", b"epoch", "eta", b"eta", "grad_norm", b"grad_norm", "learning_rate", b"learning_rate", "loss", b"loss", "num_loss_tokens", b"num_loss_tokens", "num_tokens", b"num_tokens", "peak_memory_bytes", b"peak_memory_bytes", "skipped", b"skipped", "step", b"step", "step_duration", b"step_duration", "tokens_per_second", b"tokens_per_second"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_grad_norm", b"_grad_norm", "_kl", b"_kl", "_peak_memory_bytes", b"_peak_memory_bytes", "_tokens_per_second", b"_tokens_per_second", "epoch", b"epoch", "eta", b"eta", "grad_norm", b"grad_norm", "kl", b"kl", "learning_rate", b"learning_rate", "loss", b"loss", "num_loss_tokens", b"num_loss_tokens", "num_tokens", b"num_tokens", "peak_memory_bytes", b"peak_memory_bytes", "skipped", b"skipped", "step", b"step", "step_duration", b"step_duration", "tokens_per_second", b"tokens_per_second"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__grad_norm: _TypeAlias = _typing.Literal["grad_norm"]  # noqa: Y015
     _WhichOneofArgType__grad_norm: _TypeAlias = _typing.Literal["_grad_norm", b"_grad_norm"]  # noqa: Y015
+    _WhichOneofReturnType__kl: _TypeAlias = _typing.Literal["kl"]  # noqa: Y015
+    _WhichOneofArgType__kl: _TypeAlias = _typing.Literal["_kl", b"_kl"]  # noqa: Y015
     _WhichOneofReturnType__peak_memory_bytes: _TypeAlias = _typing.Literal["peak_memory_bytes"]  # noqa: Y015
     _WhichOneofArgType__peak_memory_bytes: _TypeAlias = _typing.Literal["_peak_memory_bytes", b"_peak_memory_bytes"]  # noqa: Y015
     _WhichOneofReturnType__tokens_per_second: _TypeAlias = _typing.Literal["tokens_per_second"]  # noqa: Y015
     _WhichOneofArgType__tokens_per_second: _TypeAlias = _typing.Literal["_tokens_per_second", b"_tokens_per_second"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__grad_norm) -> _WhichOneofReturnType__grad_norm | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__kl) -> _WhichOneofReturnType__kl | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__peak_memory_bytes) -> _WhichOneofReturnType__peak_memory_bytes | None: ...
     @_typing.overload
@@ -1096,6 +1108,7 @@ class RunFinished(_message.Message):
     CHECKPOINT_PATH_FIELD_NUMBER: _builtins.int
     DURATION_FIELD_NUMBER: _builtins.int
     NUM_TOKENS_FIELD_NUMBER: _builtins.int
+    KL_FIELD_NUMBER: _builtins.int
     step: _builtins.int
     stop_reason: Global___StopReason.ValueType
     base_nll: _builtins.float
@@ -1110,6 +1123,8 @@ class RunFinished(_message.Message):
     checkpoint_path: _builtins.str
     num_tokens: _builtins.int
     """That the run was trained on."""
+    kl: _builtins.float
+    """Of what was published, as AdaptResponse.kl; set in runs of Adapt with probe_prompts."""
     @_builtins.property
     def duration(self) -> _duration_pb2.Duration: ...
     def __init__(
@@ -1126,10 +1141,11 @@ class RunFinished(_message.Message):
         checkpoint_path: _builtins.str = ...,
         duration: _duration_pb2.Duration | None = ...,
         num_tokens: _builtins.int = ...,
+        kl: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_base_nll", b"_base_nll", "_best_nll", b"_best_nll", "_best_step", b"_best_step", "_final_nll", b"_final_nll", "_version", b"_version", "base_nll", b"base_nll", "best_nll", b"best_nll", "best_step", b"best_step", "duration", b"duration", "final_nll", b"final_nll", "version", b"version"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_base_nll", b"_base_nll", "_best_nll", b"_best_nll", "_best_step", b"_best_step", "_final_nll", b"_final_nll", "_kl", b"_kl", "_version", b"_version", "base_nll", b"base_nll", "best_nll", b"best_nll", "best_step", b"best_step", "duration", b"duration", "final_nll", b"final_nll", "kl", b"kl", "version", b"version"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_base_nll", b"_base_nll", "_best_nll", b"_best_nll", "_best_step", b"_best_step", "_final_nll", b"_final_nll", "_version", b"_version", "adapter_path", b"adapter_path", "base_nll", b"base_nll", "best_nll", b"best_nll", "best_step", b"best_step", "checkpoint_path", b"checkpoint_path", "duration", b"duration", "final_nll", b"final_nll", "num_tokens", b"num_tokens", "step", b"step", "stop_reason", b"stop_reason", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_base_nll", b"_base_nll", "_best_nll", b"_best_nll", "_best_step", b"_best_step", "_final_nll", b"_final_nll", "_kl", b"_kl", "_version", b"_version", "adapter_path", b"adapter_path", "base_nll", b"base_nll", "best_nll", b"best_nll", "best_step", b"best_step", "checkpoint_path", b"checkpoint_path", "duration", b"duration", "final_nll", b"final_nll", "kl", b"kl", "num_tokens", b"num_tokens", "step", b"step", "stop_reason", b"stop_reason", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__base_nll: _TypeAlias = _typing.Literal["base_nll"]  # noqa: Y015
     _WhichOneofArgType__base_nll: _TypeAlias = _typing.Literal["_base_nll", b"_base_nll"]  # noqa: Y015
@@ -1139,6 +1155,8 @@ class RunFinished(_message.Message):
     _WhichOneofArgType__best_step: _TypeAlias = _typing.Literal["_best_step", b"_best_step"]  # noqa: Y015
     _WhichOneofReturnType__final_nll: _TypeAlias = _typing.Literal["final_nll"]  # noqa: Y015
     _WhichOneofArgType__final_nll: _TypeAlias = _typing.Literal["_final_nll", b"_final_nll"]  # noqa: Y015
+    _WhichOneofReturnType__kl: _TypeAlias = _typing.Literal["kl"]  # noqa: Y015
+    _WhichOneofArgType__kl: _TypeAlias = _typing.Literal["_kl", b"_kl"]  # noqa: Y015
     _WhichOneofReturnType__version: _TypeAlias = _typing.Literal["version"]  # noqa: Y015
     _WhichOneofArgType__version: _TypeAlias = _typing.Literal["_version", b"_version"]  # noqa: Y015
     @_typing.overload
@@ -1149,6 +1167,8 @@ class RunFinished(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__best_step) -> _WhichOneofReturnType__best_step | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__final_nll) -> _WhichOneofReturnType__final_nll | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__kl) -> _WhichOneofReturnType__kl | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__version) -> _WhichOneofReturnType__version | None: ...
 
@@ -1567,6 +1587,11 @@ class AdaptRequest(_message.Message):
     MAX_SEQ_LEN_FIELD_NUMBER: _builtins.int
     LOSS_ON_FIELD_NUMBER: _builtins.int
     SEED_FIELD_NUMBER: _builtins.int
+    OPTIMIZER_FIELD_NUMBER: _builtins.int
+    MOMENTUM_FIELD_NUMBER: _builtins.int
+    WEIGHT_DECAY_FIELD_NUMBER: _builtins.int
+    PROBE_PROMPTS_FIELD_NUMBER: _builtins.int
+    MAX_KL_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Idempotency key, too: a repeated call gets the first one's reply."""
     model: _builtins.str
@@ -1584,6 +1609,17 @@ class AdaptRequest(_message.Message):
     """Default: LOSS_ON_COMPLETION."""
     seed: _builtins.int
     """Of the initialisation of a new adapter. Default: 0."""
+    optimizer: Global___Optimizer.ValueType
+    """Its state begins anew with each call. Default: OPTIMIZER_ADAMW."""
+    momentum: _builtins.float
+    """SGD. Default: 0."""
+    weight_decay: _builtins.float
+    """Decoupled. Default: 0."""
+    max_kl: _builtins.float
+    """How far the adapter may go: the mean over the positions of the probe_prompts, which it needs, of KL(base || adapted),
+    nats per token. A step that would exceed it is halved, up to 10 times; if that does not help, it is not taken and no
+    further one either. Above 0. Default: no limit.
+    """
     @_builtins.property
     def lora(self) -> Global___LoRAConfig:
         """Shape of a new adapter; must be unset for one that exists."""
@@ -1591,6 +1627,12 @@ class AdaptRequest(_message.Message):
     @_builtins.property
     def examples(self) -> _containers.RepeatedCompositeFieldContainer[Global___TrainExample]:
         """At most as many as the server is configured for."""
+
+    @_builtins.property
+    def probe_prompts(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.Prompt]:
+        """Prompts on which the adapted model is compared with its base, at every position. At most as many, and as many tokens
+        together, as the server is configured for.
+        """
 
     def __init__(
         self,
@@ -1606,31 +1648,48 @@ class AdaptRequest(_message.Message):
         max_seq_len: _builtins.int | None = ...,
         loss_on: Global___LossOn.ValueType = ...,
         seed: _builtins.int | None = ...,
+        optimizer: Global___Optimizer.ValueType = ...,
+        momentum: _builtins.float | None = ...,
+        weight_decay: _builtins.float | None = ...,
+        probe_prompts: _abc.Iterable[_common_pb2.Prompt] | None = ...,
+        max_kl: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_learning_rate", b"_learning_rate", "_max_grad_norm", b"_max_grad_norm", "_max_seq_len", b"_max_seq_len", "_seed", b"_seed", "_steps", b"_steps", "learning_rate", b"learning_rate", "lora", b"lora", "max_grad_norm", b"max_grad_norm", "max_seq_len", b"max_seq_len", "seed", b"seed", "steps", b"steps"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_learning_rate", b"_learning_rate", "_max_grad_norm", b"_max_grad_norm", "_max_kl", b"_max_kl", "_max_seq_len", b"_max_seq_len", "_momentum", b"_momentum", "_seed", b"_seed", "_steps", b"_steps", "_weight_decay", b"_weight_decay", "learning_rate", b"learning_rate", "lora", b"lora", "max_grad_norm", b"max_grad_norm", "max_kl", b"max_kl", "max_seq_len", b"max_seq_len", "momentum", b"momentum", "seed", b"seed", "steps", b"steps", "weight_decay", b"weight_decay"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_learning_rate", b"_learning_rate", "_max_grad_norm", b"_max_grad_norm", "_max_seq_len", b"_max_seq_len", "_seed", b"_seed", "_steps", b"_steps", "adapter", b"adapter", "examples", b"examples", "learning_rate", b"learning_rate", "lora", b"lora", "loss_on", b"loss_on", "max_grad_norm", b"max_grad_norm", "max_seq_len", b"max_seq_len", "model", b"model", "request_id", b"request_id", "seed", b"seed", "steps", b"steps"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_learning_rate", b"_learning_rate", "_max_grad_norm", b"_max_grad_norm", "_max_kl", b"_max_kl", "_max_seq_len", b"_max_seq_len", "_momentum", b"_momentum", "_seed", b"_seed", "_steps", b"_steps", "_weight_decay", b"_weight_decay", "adapter", b"adapter", "examples", b"examples", "learning_rate", b"learning_rate", "lora", b"lora", "loss_on", b"loss_on", "max_grad_norm", b"max_grad_norm", "max_kl", b"max_kl", "max_seq_len", b"max_seq_len", "model", b"model", "momentum", b"momentum", "optimizer", b"optimizer", "probe_prompts", b"probe_prompts", "request_id", b"request_id", "seed", b"seed", "steps", b"steps", "weight_decay", b"weight_decay"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__learning_rate: _TypeAlias = _typing.Literal["learning_rate"]  # noqa: Y015
     _WhichOneofArgType__learning_rate: _TypeAlias = _typing.Literal["_learning_rate", b"_learning_rate"]  # noqa: Y015
     _WhichOneofReturnType__max_grad_norm: _TypeAlias = _typing.Literal["max_grad_norm"]  # noqa: Y015
     _WhichOneofArgType__max_grad_norm: _TypeAlias = _typing.Literal["_max_grad_norm", b"_max_grad_norm"]  # noqa: Y015
+    _WhichOneofReturnType__max_kl: _TypeAlias = _typing.Literal["max_kl"]  # noqa: Y015
+    _WhichOneofArgType__max_kl: _TypeAlias = _typing.Literal["_max_kl", b"_max_kl"]  # noqa: Y015
     _WhichOneofReturnType__max_seq_len: _TypeAlias = _typing.Literal["max_seq_len"]  # noqa: Y015
     _WhichOneofArgType__max_seq_len: _TypeAlias = _typing.Literal["_max_seq_len", b"_max_seq_len"]  # noqa: Y015
+    _WhichOneofReturnType__momentum: _TypeAlias = _typing.Literal["momentum"]  # noqa: Y015
+    _WhichOneofArgType__momentum: _TypeAlias = _typing.Literal["_momentum", b"_momentum"]  # noqa: Y015
     _WhichOneofReturnType__seed: _TypeAlias = _typing.Literal["seed"]  # noqa: Y015
     _WhichOneofArgType__seed: _TypeAlias = _typing.Literal["_seed", b"_seed"]  # noqa: Y015
     _WhichOneofReturnType__steps: _TypeAlias = _typing.Literal["steps"]  # noqa: Y015
     _WhichOneofArgType__steps: _TypeAlias = _typing.Literal["_steps", b"_steps"]  # noqa: Y015
+    _WhichOneofReturnType__weight_decay: _TypeAlias = _typing.Literal["weight_decay"]  # noqa: Y015
+    _WhichOneofArgType__weight_decay: _TypeAlias = _typing.Literal["_weight_decay", b"_weight_decay"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__learning_rate) -> _WhichOneofReturnType__learning_rate | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__max_grad_norm) -> _WhichOneofReturnType__max_grad_norm | None: ...
     @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_kl) -> _WhichOneofReturnType__max_kl | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__max_seq_len) -> _WhichOneofReturnType__max_seq_len | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__momentum) -> _WhichOneofReturnType__momentum | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__seed) -> _WhichOneofReturnType__seed | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__steps) -> _WhichOneofReturnType__steps | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__weight_decay) -> _WhichOneofReturnType__weight_decay | None: ...
 
 Global___AdaptRequest: _TypeAlias = AdaptRequest  # noqa: Y015
 
@@ -1645,15 +1704,24 @@ class AdaptResponse(_message.Message):
     NUM_TOKENS_FIELD_NUMBER: _builtins.int
     NUM_LOSS_TOKENS_FIELD_NUMBER: _builtins.int
     DURATION_FIELD_NUMBER: _builtins.int
+    KL_FIELD_NUMBER: _builtins.int
+    STOP_REASON_FIELD_NUMBER: _builtins.int
     loss_before: _builtins.float
     """Mean over the examples' loss tokens, before the first step …"""
     loss_after: _builtins.float
     """… and after the last."""
     version: _builtins.int
-    """Of the adapter, now live."""
+    """Of the adapter, now live; unset if nothing was published, because no step was within max_kl."""
     steps: _builtins.int
+    """That were kept."""
     num_tokens: _builtins.int
     num_loss_tokens: _builtins.int
+    kl: _builtins.float
+    """Of what was published: mean over the positions of the probe_prompts of KL(base || adapted), nats per token. Unset
+    without probe_prompts.
+    """
+    stop_reason: Global___StopReason.ValueType
+    """STOP_REASON_MAX_STEPS, or STOP_REASON_MAX_KL."""
     @_builtins.property
     def duration(self) -> _duration_pb2.Duration: ...
     def __init__(
@@ -1661,16 +1729,25 @@ class AdaptResponse(_message.Message):
         *,
         loss_before: _builtins.float = ...,
         loss_after: _builtins.float = ...,
-        version: _builtins.int = ...,
+        version: _builtins.int | None = ...,
         steps: _builtins.int = ...,
         num_tokens: _builtins.int = ...,
         num_loss_tokens: _builtins.int = ...,
         duration: _duration_pb2.Duration | None = ...,
+        kl: _builtins.float | None = ...,
+        stop_reason: Global___StopReason.ValueType = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["duration", b"duration"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_kl", b"_kl", "_version", b"_version", "duration", b"duration", "kl", b"kl", "version", b"version"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["duration", b"duration", "loss_after", b"loss_after", "loss_before", b"loss_before", "num_loss_tokens", b"num_loss_tokens", "num_tokens", b"num_tokens", "steps", b"steps", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_kl", b"_kl", "_version", b"_version", "duration", b"duration", "kl", b"kl", "loss_after", b"loss_after", "loss_before", b"loss_before", "num_loss_tokens", b"num_loss_tokens", "num_tokens", b"num_tokens", "steps", b"steps", "stop_reason", b"stop_reason", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__kl: _TypeAlias = _typing.Literal["kl"]  # noqa: Y015
+    _WhichOneofArgType__kl: _TypeAlias = _typing.Literal["_kl", b"_kl"]  # noqa: Y015
+    _WhichOneofReturnType__version: _TypeAlias = _typing.Literal["version"]  # noqa: Y015
+    _WhichOneofArgType__version: _TypeAlias = _typing.Literal["_version", b"_version"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__kl) -> _WhichOneofReturnType__kl | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__version) -> _WhichOneofReturnType__version | None: ...
 
 Global___AdaptResponse: _TypeAlias = AdaptResponse  # noqa: Y015
