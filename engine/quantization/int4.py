@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.errors import FormatError
+from engine.ops import cpu
 from engine.ops.quantized import WeightRows, quantized_linear, unpack_int4
 from engine.quantization.base import LinearScheme
 from engine.quantization.int8 import check_shape
@@ -25,11 +26,11 @@ class Int4Grouped(LinearScheme):
     """W = (q - zero) * scale, q in [-8, 7] [O, I], scale [O, G] in the compute type, zero in [-8, 7] [O, G] or absent.
 
     Checkpoints hold ``weight_packed`` (eight values to an int32 word), ``weight_scale``, ``weight_shape`` and, with
-    zero points, ``weight_zero_point`` packed along the outputs. On the CPU the loaded module keeps, in float32, one
-    byte a value (``weight_int8``): widening bytes takes a quarter of the time of widening halves of bytes, and a
-    decoded token then 1.4 times the time that it takes with float32 weights. In bfloat16 it keeps the packed words, and
-    again in the layout of torch's kernel (``weight_kernel``), which takes 0.7 times that of bfloat16 weights (both:
-    SmolLM2-135M, one thread of a Zen 4). On other devices it keeps the packed words alone.
+    zero points, ``weight_zero_point`` packed along the outputs. In float32 on the CPU the loaded module keeps the
+    packed words where our kernels read them, or else one byte a value (``weight_int8``): torch widens bytes in a
+    quarter of the time of halves of bytes. In bfloat16 it keeps the packed words, and again in the layout of torch's
+    kernel (``weight_kernel``), which takes 0.7 times that of bfloat16 weights (SmolLM2-135M, one thread of a Zen 4).
+    On other devices it keeps the packed words alone.
 
     Args:
         group_size: S, one of GROUP_SIZES.
@@ -68,7 +69,9 @@ class Int4Grouped(LinearScheme):
             zero = unpack_outputs(module.get_parameter("weight_zero_point").data, scale.shape[0], 4)
             del module.weight_zero_point
             module.register_buffer("zero_point", zero, persistent=False)
-        if packed.device.type != "cpu":
+        if zero is not None and packed.device.type == "cpu":
+            module.register_buffer("kernel_zero", zero.to(scale.dtype), persistent=False)
+        if packed.device.type != "cpu" or self._packed(module) is not None:
             return
         unpacked = unpack_int4(packed, scale.shape[1] * self.group_size)
         if scale.dtype == torch.bfloat16:
@@ -79,7 +82,17 @@ class Int4Grouped(LinearScheme):
             del module.weight_packed
             module.register_buffer("weight_int8", unpacked, persistent=False)
 
+    def _packed(self, module: nn.Module) -> cpu.PackedWeights | None:
+        """The module's weight as our kernels read it."""
+        words = module._parameters.get("weight_packed")
+        if words is None:
+            return None
+        scale, zero = module.get_parameter("weight_scale"), module._buffers.get("kernel_zero")
+        return cpu.packed(module, cpu.StoredWeight(words.data.view(torch.uint8), scale, zero))
+
     def apply(self, module: nn.Module, x: Tensor) -> Tensor:
+        if cpu.takes(x) and (packed := self._packed(module)) is not None:
+            return packed.linear(x)
         num_rows = x.numel() // x.shape[-1]
         if (
             "weight_kernel" in module._buffers
@@ -102,8 +115,11 @@ class Int4Grouped(LinearScheme):
 
     def _rows(self, module: nn.Module) -> WeightRows:
         values, scale, zero = self._stored(module)
+        packed = self._packed(module)
 
         def rows(start: int, end: int, dtype: torch.dtype) -> Tensor:
+            if packed is not None and dtype == torch.float32:
+                return packed.widen(start, end)
             part = None if zero is None else zero[start:end]
             return self._widen(values[start:end], scale[start:end], part, dtype)
 

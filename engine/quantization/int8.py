@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.errors import FormatError
+from engine.ops import cpu
 from engine.ops.quantized import WeightRows, quantized_linear, unpack_int8
 from engine.quantization.base import LinearScheme
 from engine.quantization.packing import packed_width
@@ -60,6 +61,9 @@ class Int8PerChannel(LinearScheme):
 
     def apply(self, module: nn.Module, x: Tensor) -> Tensor:
         weight, scale = module.get_parameter("weight"), module.get_parameter("weight_scale")
+        packed = cpu.packed(module, cpu.StoredWeight(weight, scale))
+        if packed is not None and cpu.takes(x):
+            return packed.linear(x)
         num_rows = x.numel() // x.shape[-1]
         if (
             x.dtype == scale.dtype == torch.bfloat16
@@ -70,19 +74,21 @@ class Int8PerChannel(LinearScheme):
             flat = x.reshape(num_rows, x.shape[-1])
             y: Tensor = torch.ops.aten._weight_int8pack_mm(flat, weight, scale.view(-1))
             return y.view(*x.shape[:-1], y.shape[-1])
-        return quantized_linear(x, _rows(weight, scale), weight.shape[0])
+        return quantized_linear(x, _rows(weight, scale, packed), weight.shape[0])
 
     def dequantize(self, module: nn.Module, dtype: torch.dtype = torch.float32) -> Tensor:
         weight, scale = module.get_parameter("weight"), module.get_parameter("weight_scale")
-        return _rows(weight, scale)(0, weight.shape[0], dtype)
+        return _rows(weight, scale, cpu.packed(module, cpu.StoredWeight(weight, scale)))(0, weight.shape[0], dtype)
 
     def embed(self, module: nn.Module, ids: Tensor) -> Tensor:
         scale = module.get_parameter("weight_scale")
         return module.get_parameter("weight")[ids].to(scale.dtype) * scale[ids]
 
 
-def _rows(weight: Tensor, scale: Tensor) -> WeightRows:
+def _rows(weight: Tensor, scale: Tensor, packed: cpu.PackedWeights | None) -> WeightRows:
     def rows(start: int, end: int, dtype: torch.dtype) -> Tensor:
+        if packed is not None and dtype == torch.float32:
+            return packed.widen(start, end)
         return weight[start:end].to(dtype).mul_(scale[start:end].to(dtype))
 
     return rows

@@ -1,0 +1,22 @@
+"""Builds the CPU kernels. Everything else about the package is in pyproject.toml.
+
+They are a plain shared library that engine.ops.cpu opens; where no compiler is found, the package installs without it,
+and engine.ops.cpu says so.
+"""
+
+from setuptools import Extension, setup
+
+setup(
+    ext_modules=[
+        Extension(
+            "engine.ops.cpu._kernels",
+            sources=[f"engine/ops/cpu/{name}.cpp" for name in ("entry", "pool", "rows_avx2", "rows_avx512")],
+            depends=["engine/ops/cpu/kernels.h", "engine/ops/cpu/rows.inl"],
+            # No fast-math: results are those of the written operations, and NaN stays NaN.
+            extra_compile_args=["-std=c++20", "-O3", "-fno-math-errno", "-fvisibility=hidden", "-pthread", "-g0"],
+            extra_link_args=["-pthread"],
+            language="c++",
+            optional=True,
+        )
+    ]
+)

@@ -1,0 +1,172 @@
+"""The CPU kernels give what torch gives for the same stored weight, at every instruction level that this CPU has."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from engine.layers.linear import Linear
+from engine.ops import cpu
+from engine.ops.cpu import PackedWeights, StoredWeight
+
+pytestmark = pytest.mark.skipif(not cpu.available(), reason="the CPU kernels were not built or this CPU lacks AVX2")
+
+GROUP = 32
+
+
+@pytest.fixture(params=range(1, 1 + cpu.LEVELS.index(cpu.level())), ids=lambda level: cpu.LEVELS[level])
+def level(request: pytest.FixtureRequest) -> Iterator[None]:
+    assert cpu._library is not None
+    cpu._library.whet_cpu_force_level(request.param)
+    yield
+    cpu._library.whet_cpu_force_level(-1)
+
+
+def stored(kind: str, outputs: int, inputs: int) -> tuple[StoredWeight, Tensor]:
+    """A weight as it is stored, and its values in float64."""
+    if kind in ("float32", "bfloat16"):
+        data = torch.randn(outputs, inputs).to(getattr(torch, kind))
+        return StoredWeight(data), data.double()
+    bits, scale_type, has_offset = int(kind[3]), torch.float16 if "half" in kind else torch.float32, "offset" in kind
+    group = inputs if "channel" in kind else GROUP
+    q = torch.randint(-(2 ** (bits - 1)), 2 ** (bits - 1), (outputs, inputs), dtype=torch.int8)
+    scales = (torch.rand(outputs, inputs // group) * 0.1).to(scale_type)
+    offsets = torch.randn(outputs, inputs // group).to(scale_type) if has_offset else None
+    zeros = torch.randint(-8, 8, (outputs, inputs // group)).to(scale_type) if "zero" in kind else None
+    wide = q.double().view(outputs, -1, group)
+    if zeros is not None:
+        wide = wide - zeros.double()[..., None]
+    wide = wide * scales.double()[..., None]
+    if offsets is not None:
+        wide = wide + offsets.double()[..., None]
+    data = q
+    if bits == 4:
+        halves = (q + 8).to(torch.uint8)
+        data = (halves[:, 0::2] | (halves[:, 1::2] << 4)).contiguous()
+    return StoredWeight(data, scales, zeros, offsets), wide.view(outputs, inputs)
+
+
+KINDS = [
+    "float32",
+    "bfloat16",
+    "int8",
+    "int8-offset",
+    "int8-half",
+    "int8-channel",
+    "int4",
+    "int4-zero",
+    "int4-offset-half",
+]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("num_threads", [1, 3])
+def test_products_are_those_of_the_stored_values(level: None, kind: str, num_threads: int) -> None:
+    torch.manual_seed(0)
+    cpu.set_num_threads(num_threads)
+    for outputs, inputs in ((1, GROUP), (37, 3 * GROUP), (300, 576)):
+        weight, values = stored(kind, outputs, inputs)
+        assert weight.is_supported(inputs)
+        packed = PackedWeights([weight], inputs)
+        for rows in (1, 2, 3, 5, 8, 13):
+            x = torch.randn(rows, inputs)
+            wanted = x.double() @ values.T
+            scale = (x.double().abs() @ values.abs().T).max()
+            assert ((packed.linear(x) - wanted).abs().max() / scale) < 1e-6
+    cpu.set_num_threads(1)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_row_does_not_depend_on_the_others(level: None, kind: str) -> None:
+    torch.manual_seed(0)
+    packed = PackedWeights([stored(kind, 50, 192)[0]], 192)
+    x = torch.randn(8, 192)
+    alone = torch.cat([packed.linear(row[None]) for row in x])
+    for rows in range(1, 9):
+        assert torch.equal(packed.linear(x[:rows]), alone[:rows])
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind.startswith("int")])
+def test_rows_are_the_stored_values_to_one_rounding(level: None, kind: str) -> None:
+    torch.manual_seed(0)
+    weight, values = stored(kind, 41, 5 * GROUP)
+    packed = PackedWeights([weight], 5 * GROUP)
+    for start, end in ((0, 41), (7, 8), (40, 41)):
+        assert torch.equal(packed.widen(start, end), values[start:end].float())
+
+
+@pytest.mark.parametrize("inputs", [1, 15, 31, 100])
+def test_floats_need_no_round_number_of_inputs(level: None, inputs: int) -> None:
+    for kind in ("float32", "bfloat16"):
+        weight, values = stored(kind, 5, inputs)
+        x = torch.randn(3, inputs)
+        torch.testing.assert_close(
+            PackedWeights([weight], inputs).linear(x).double(), x.double() @ values.T, rtol=1e-5, atol=1e-5
+        )
+
+
+def test_weights_of_one_call_lie_side_by_side(level: None) -> None:
+    torch.manual_seed(0)
+    parts = [stored(kind, outputs, 64) for kind, outputs in (("float32", 70), ("int8", 3), ("int4-offset-half", 129))]
+    x = torch.randn(2, 64)
+    wanted = torch.cat([x.double() @ values.T for _, values in parts], dim=1)
+    result = PackedWeights([weight for weight, _ in parts], 64).linear(x)
+    torch.testing.assert_close(result.double(), wanted, rtol=1e-5, atol=1e-4)
+
+
+def test_nan_and_infinity_stay_where_they_belong(level: None) -> None:
+    weight = torch.ones(3, 48)
+    weight[1, 5] = torch.inf
+    x = torch.zeros(2, 48)
+    x[1, 7] = torch.nan
+    result = PackedWeights([StoredWeight(weight)], 48).linear(x)
+    wanted = F.linear(x, weight)
+    assert torch.equal(result.isnan(), wanted.isnan())
+    assert result[0, 0] == 0.0
+
+
+def linear() -> Linear:
+    module = Linear(64, 20, name="proj")
+    module.weight = torch.nn.Parameter(torch.randn(20, 64), requires_grad=False)
+    return module
+
+
+def test_a_replaced_weight_is_packed_again_and_a_copy_packs_its_own() -> None:
+    module, x = linear(), torch.randn(1, 64)
+    module.scheme.apply(module, x)
+    other = copy.deepcopy(module)
+    other.weight.mul_(2.0)
+    module.weight = torch.nn.Parameter(torch.randn(20, 64), requires_grad=False)
+    for each in (module, other):
+        torch.testing.assert_close(each.scheme.apply(each, x), F.linear(x, each.weight), rtol=1e-5, atol=1e-5)
+
+
+def test_kernels_stand_aside_for_gradients_autocast_and_many_rows() -> None:
+    assert cpu.takes(torch.randn(8, 4))
+    assert cpu.takes(torch.randn(2, 4, 4))
+    assert not cpu.takes(torch.randn(9, 4))
+    assert not cpu.takes(torch.randn(1, 4).double())
+    assert not cpu.takes(torch.randn(1, 4, requires_grad=True))
+    assert not cpu.takes(torch.empty(0, 4))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert not cpu.takes(torch.randn(1, 4))
+
+
+def test_threads_share_the_work_of_many_calls_without_losing_a_piece() -> None:
+    """The pool's hand-over: thousands of small jobs, after pauses in which its threads fall asleep and without."""
+    torch.manual_seed(0)
+    cpu.set_num_threads(4)
+    weight, values = stored("float32", 512, 256)
+    packed, x = PackedWeights([weight], 256), torch.randn(1, 256)
+    wanted = packed.linear(x)
+    torch.testing.assert_close(wanted.double(), x.double() @ values.T, rtol=1e-4, atol=1e-4)
+    for call in range(3000):
+        if call % 500 == 0:
+            torch.randn(1 << 20).sort()  # long enough for the threads to sleep
+        assert torch.equal(packed.linear(x), wanted)
+    cpu.set_num_threads(1)
