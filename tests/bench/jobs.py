@@ -10,14 +10,15 @@ import torch
 
 from engine.jobs import EmbedSpec, LoRAParams, PerplexitySpec, TokenizedExample, TrainParams, TrainSpec, TrainStep
 from engine.training.dataset import write_dataset
-from tests.bench.setup import EMBEDDER, GENERATOR, Bench, load_reference, random_tokens, run_job, seconds
+from tests.bench.setup import EMBEDDER, GENERATOR, HYBRID, Bench, load_reference, random_tokens, run_job, seconds
 
 _numbers = itertools.count()
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+DELTA_NET_TARGETS = ["in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "out_proj"]
 RANK = 8
 
 
-def _train_rate(bench: Bench) -> float:
+def _train_rate(bench: Bench, name: str, targets: list[str], batch_size: int) -> float:
     """Tokens per second of a LoRA run's steps, the first left out: it pays for what later ones find ready."""
     scale = bench.scale
     run_id = f"train-{next(_numbers)}"
@@ -25,16 +26,16 @@ def _train_rate(bench: Bench) -> float:
     mask = [False] + [True] * (scale.train_tokens - 1)
     examples = [
         TokenizedExample(token_ids=random_tokens(scale.train_tokens, seed), loss_mask=mask)
-        for seed in range(scale.train_batch * scale.train_steps)
+        for seed in range(batch_size * scale.train_steps)
     ]
     write_dataset(run_dir / "dataset.safetensors", examples)
     spec = TrainSpec(
         job_id=run_id,
-        model=GENERATOR,
+        model=name,
         adapter="bench",
-        lora=LoRAParams(rank=RANK, alpha=16.0, target_modules=TARGETS),
+        lora=LoRAParams(rank=RANK, alpha=16.0, target_modules=targets),
         params=TrainParams(
-            batch_size=scale.train_batch,
+            batch_size=batch_size,
             max_steps=scale.train_steps,
             max_seq_len=scale.train_tokens,
             shuffle=False,
@@ -43,19 +44,21 @@ def _train_rate(bench: Bench) -> float:
         dataset_path=str(run_dir / "dataset.safetensors"),
         run_dir=str(run_dir),
     )
-    steps = [event for event in run_job(bench.load(GENERATOR), spec) if isinstance(event, TrainStep) and event.step > 1]
+    steps = [event for event in run_job(bench.load(name), spec) if isinstance(event, TrainStep) and event.step > 1]
     return statistics.median(step.num_tokens / step.step_seconds for step in steps if step.step_seconds)
 
 
 class _ReferenceTrainer:
     """The same run by peft and transformers: the same rank, targets, optimizer and shapes."""
 
-    def __init__(self, bench: Bench) -> None:
+    def __init__(self, bench: Bench, name: str, targets: list[str], batch_size: int) -> None:
         from peft import LoraConfig, get_peft_model
 
         self._scale = bench.scale
-        config = LoraConfig(r=RANK, lora_alpha=16, target_modules=TARGETS, task_type="CAUSAL_LM")
-        self._model = get_peft_model(load_reference(bench.path(GENERATOR), GENERATOR), config).train()
+        self._batch_size = batch_size
+        config = LoraConfig(r=RANK, lora_alpha=16, target_modules=targets, task_type="CAUSAL_LM")
+        bench.forget_reference(name)
+        self._model = get_peft_model(load_reference(bench.path(name), name), config).train()
         parameters = [parameter for parameter in self._model.parameters() if parameter.requires_grad]
         self._optimizer = torch.optim.AdamW(parameters, lr=1e-4, weight_decay=0.0)
         self._parameters = parameters
@@ -65,7 +68,7 @@ class _ReferenceTrainer:
         scale, taken = self._scale, []
         for step in range(scale.train_steps):
             batch = torch.tensor(
-                [random_tokens(scale.train_tokens, step * scale.train_batch + row) for row in range(scale.train_batch)]
+                [random_tokens(scale.train_tokens, step * self._batch_size + row) for row in range(self._batch_size)]
             )
             began = time.perf_counter()
             self._model(input_ids=batch, labels=batch, use_cache=False).loss.backward()
@@ -76,21 +79,35 @@ class _ReferenceTrainer:
         return statistics.median(taken[1:])
 
 
-def train(bench: Bench) -> None:
-    """Tokens per second of a LoRA run on all linear layers."""
-    sides = {"whet": lambda: _train_rate(bench)}
+def _train(bench: Bench, measure: str, name: str, targets: list[str], batch_size: int) -> None:
+    sides = {"whet": lambda: _train_rate(bench, name, targets, batch_size)}
     if bench.compare:
-        sides["transformers"] = _ReferenceTrainer(bench).rate
+        sides["transformers"] = _ReferenceTrainer(bench, name, targets, batch_size).rate
     scale = bench.scale
     bench.report(
-        "train",
+        measure,
         "tokens/s",
-        GENERATOR,
+        name,
         bench.medians(sides, rounds=scale.train_rounds, warm_up=0),
         rounds=scale.train_rounds,
-        batch=scale.train_batch,
+        batch=batch_size,
         seq_len=scale.train_tokens,
     )
+
+
+def train(bench: Bench) -> None:
+    """Tokens per second of a LoRA run on all linear layers."""
+    _train(bench, "train", GENERATOR, TARGETS, bench.scale.train_batch)
+
+
+def hybrid_train_qv(bench: Bench) -> None:
+    """Tokens per second of a LoRA run on q_proj and v_proj of the hybrid, one example a step."""
+    _train(bench, "hybrid_train_qv", HYBRID, ["q_proj", "v_proj"], 1)
+
+
+def hybrid_train_all(bench: Bench) -> None:
+    """Tokens per second of a LoRA run on all linear layers of the hybrid, one example a step."""
+    _train(bench, "hybrid_train_all", HYBRID, TARGETS + DELTA_NET_TARGETS, 1)
 
 
 def embed(bench: Bench) -> None:

@@ -18,9 +18,12 @@ from engine.engine import Engine
 from engine.jobs import TERMINAL_EVENTS, JobEvent, JobFailed, JobSpec
 from engine.loading.defaults import embedded_models
 from engine.request import Request, SamplingParams
+from tests.bench.hybrid_model import QWEN3_5_0_8B, save_hybrid
+from tests.tiny import save_tiny_hybrid
 
 GENERATOR = "generator"
 EMBEDDER = "embedder"
+HYBRID = "hybrid"
 DEFAULT_MODELS = {GENERATOR: "smollm2-135m", EMBEDDER: "all-minilm-l6-v2"}
 
 
@@ -34,7 +37,7 @@ class Scale:
         warm_up: rounds before those, which are thrown away.
     """
 
-    rounds: int = 3
+    rounds: int = 5
     warm_up: int = 1
     prompt_tokens: int = 128
     new_tokens: int = 32
@@ -77,6 +80,7 @@ class Bench:
         threads: of torch, here and in the server.
         model: of generation, training and perplexity; None: SmolLM2-135M of the demo packages.
         compare: measure transformers beside, where it can do the same.
+        hybrid_layers: of the hybrid; fewer than the published 24 take less memory and time.
     """
 
     work_dir: Path
@@ -84,6 +88,7 @@ class Bench:
     threads: int
     model: Path | None = None
     compare: bool = True
+    hybrid_layers: int = QWEN3_5_0_8B["num_hidden_layers"]
     _made: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -92,7 +97,9 @@ class Bench:
         return QUICK if self.quick else FULL
 
     def path(self, name: str) -> Path:
-        """Where a model lies: GENERATOR or EMBEDDER."""
+        """Where a model lies: GENERATOR, EMBEDDER or HYBRID."""
+        if name == HYBRID:
+            return self._once("hybrid", self._save_hybrid)  # type: ignore[no-any-return]
         if self.quick:
             return self._once("tiny", lambda: _save_tiny(self.work_dir / "tiny"))  # type: ignore[no-any-return]
         if name == GENERATOR and self.model is not None:
@@ -103,8 +110,15 @@ class Bench:
             raise SystemExit(f"the package of {wanted} is not installed; make env installs it, or give --model PATH")
         return models[wanted]
 
+    def _save_hybrid(self) -> Path:
+        if self.quick:
+            return save_tiny_hybrid(self.work_dir / "tiny-hybrid")
+        return save_hybrid(self.work_dir / "hybrid", self.hybrid_layers)
+
     def label(self, name: str) -> str:
         """Name of a model in the results."""
+        if name == HYBRID:
+            return "tiny-qwen3.5" if self.quick else f"qwen3.5-0.8b-shape ({self.hybrid_layers} layers)"
         if self.quick:
             return "tiny-llama"
         return self.model.name if name == GENERATOR and self.model is not None else DEFAULT_MODELS[name]
@@ -128,6 +142,10 @@ class Bench:
     def reference(self, name: str) -> Any:
         """The same weights in transformers, float32; made anew where a measure changes the model."""
         return self._once(f"reference {name}", lambda: load_reference(self.path(name), name))
+
+    def forget_reference(self, name: str) -> None:
+        """Frees the memory of a reference that is not needed, or that was changed."""
+        self._made.pop(f"reference {name}", None)
 
     def _once(self, key: str, make: Callable[[], Any]) -> Any:
         if key not in self._made:
@@ -156,7 +174,8 @@ class Bench:
         return {side: statistics.median(taken) for side, taken in values.items()}
 
     def report(self, measure: str, unit: str, model: str, medians: dict[str, float], **more: Any) -> None:
-        """Prints one line: the engine's value, and transformers' and the ratio where it was measured."""
+        """Prints one line: the engine's value, and transformers' where it was measured, with a ratio that is above 1
+        where the engine is the faster."""
         line: dict[str, Any] = {
             "measure": measure,
             "value": round(medians["whet"], 6),
@@ -168,7 +187,8 @@ class Bench:
         }
         if "transformers" in medians:
             line["transformers"] = round(medians["transformers"], 6)
-            line["ratio"] = round(medians["whet"] / medians["transformers"], 4)
+            ratio = medians["whet"] / medians["transformers"]
+            line["ratio"] = round(1 / ratio if unit == "seconds" else ratio, 4)
         print(json.dumps(line | more), flush=True)
 
 
@@ -176,7 +196,7 @@ def load_reference(path: Path, name: str) -> Any:
     """A model of transformers on the CPU in float32."""
     from transformers import AutoModel, AutoModelForCausalLM
 
-    kind = AutoModelForCausalLM if name == GENERATOR else AutoModel
+    kind = AutoModel if name == EMBEDDER else AutoModelForCausalLM
     if path.suffix == ".gguf":
         model = kind.from_pretrained(str(path.parent), gguf_file=path.name, dtype=torch.float32)
     else:
@@ -198,10 +218,10 @@ def random_tokens(count: int, seed: int | None = None) -> list[int]:
     return [generator.randrange(3, 250) for _ in range(count)]
 
 
-def request(number: int | str, prompt: list[int], max_tokens: int) -> Request:
+def request(number: int | str, prompt: list[int], max_tokens: int, model: str = GENERATOR) -> Request:
     """A greedy request of exactly so many tokens."""
     sampling = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True)
-    return Request(request_id=str(number), model=GENERATOR, prompt_token_ids=prompt, sampling=sampling)
+    return Request(request_id=str(number), model=model, prompt_token_ids=prompt, sampling=sampling)
 
 
 def run_job(engine: Engine, spec: JobSpec) -> list[JobEvent]:
