@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.ops import cpu
+from engine.ops.dense import linear
 from engine.registry import Registry
 
 
@@ -56,7 +57,7 @@ class Unquantized(LinearScheme):
         weight = module.get_parameter("weight")
         if cpu.takes(x) and (packed := cpu.packed(module, cpu.StoredWeight(weight))) is not None:
             return packed.linear(x)
-        return F.linear(x, weight)
+        return linear(x, weight)
 
     def dequantize(self, module: nn.Module, dtype: torch.dtype = torch.float32) -> Tensor:
         return module.get_parameter("weight").to(dtype)
