@@ -9,9 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from engine.training import loss as training_loss
 from engine.training.loss import _ChunkedCrossEntropy, chunked_cross_entropy
 
 VOCAB = 17
+right_gradient = training_loss._nll_and_gradient
 
 
 def setup(dtype: torch.dtype = torch.float64, num: int = 11) -> tuple[Tensor, Tensor, Tensor]:
@@ -62,6 +64,56 @@ def test_gradcheck_catches_a_wrong_backward(monkeypatch: pytest.MonkeyPatch, fau
     monkeypatch.setattr(_ChunkedCrossEntropy, "backward", staticmethod(wrong))
     with pytest.raises(RuntimeError, match="Jacobian mismatch"):
         test_gradcheck_with_a_soft_cap()
+
+
+def _without_target(logits: Tensor, targets: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
+    nll, _ = right_gradient(logits, targets, out)
+    return nll, torch.softmax(logits, dim=-1)
+
+
+def _of_next_target(logits: Tensor, targets: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
+    nll, _ = right_gradient(logits, targets, torch.empty_like(out))
+    return nll, right_gradient(logits, targets.roll(1), out)[1]
+
+
+def _not_normalised(logits: Tensor, targets: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
+    nll, gradient = right_gradient(logits, targets, out)
+    return nll, gradient + 0.01 * logits.exp()
+
+
+def _sign(logits: Tensor, targets: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
+    nll, gradient = right_gradient(logits, targets, out)
+    return nll, -gradient
+
+
+MUTATIONS = [
+    ("the target's term is missing", _without_target),
+    ("the target is another position's", _of_next_target),
+    ("probabilities that do not sum to 1", _not_normalised),
+    ("sign", _sign),
+]
+"""Gradients of logits that are deliberately wrong: each must be caught."""
+
+
+@pytest.mark.parametrize("mutation", [function for _, function in MUTATIONS], ids=[name for name, _ in MUTATIONS])
+def test_gradcheck_catches_a_wrong_gradient_of_logits(monkeypatch: pytest.MonkeyPatch, mutation: Any) -> None:
+    monkeypatch.setattr(training_loss, "_nll_and_gradient", mutation)
+    with pytest.raises(RuntimeError, match="Jacobian mismatch"):
+        test_gradcheck_with_a_soft_cap()
+
+
+@pytest.mark.parametrize("scale", [1e-3, 30.0, 1e4])
+def test_extreme_logits_give_what_torch_gives(scale: float) -> None:
+    """Probabilities of 0 and of 1 among them: value and gradient in float32 are those of F.cross_entropy."""
+    hidden, weight, targets = setup(torch.float32)
+    results = []
+    for whole in (True, False):
+        if whole:
+            value = F.cross_entropy(F.linear(hidden, weight * scale), targets, reduction="sum")
+        else:
+            value = chunked_cross_entropy(hidden, targets, lambda h: F.linear(h, weight * scale), VOCAB, 4 * VOCAB * 4)
+        results.append((value.detach(), *torch.autograd.grad(value, hidden)))
+    torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-5)
 
 
 def test_logits_exist_a_chunk_at_a_time() -> None:
