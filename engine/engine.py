@@ -11,7 +11,7 @@ while engine.has_requests():
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -27,7 +27,18 @@ from engine.errors import AlreadyExistsError, FailedPreconditionError, InvalidAr
 from engine.evaluation.embedding import embed
 from engine.evaluation.perplexity import perplexity
 from engine.info import AdapterInfo, EngineStats, ModelInfo
-from engine.jobs import EmbedSpec, JobEvent, JobFailed, JobSpec, PerplexitySpec, QuantizeSpec, TrainSpec
+from engine.jobs import (
+    EmbedSpec,
+    JobEvent,
+    JobFailed,
+    JobSpec,
+    PerplexitySpec,
+    QuantizeSpec,
+    TrainSpec,
+    WeightedAdapter,
+)
+from engine.lora.combine import combine_adapters
+from engine.lora.peft import MAX_RANK
 from engine.names import validate_name
 from engine.ops import cpu
 from engine.quantization.job import quantize
@@ -160,7 +171,16 @@ class Engine:
             AlreadyExistsError: a job of that id is running.
         """
         loaded = self._model(spec.model)
-        self._jobs.start(spec.job_id, JOB_KINDS[type(spec)], spec.model, self._slices(spec, loaded))
+        slices = self._slices(spec, loaded)
+        names = {spec.adapter, spec.init_adapter} - {None} if isinstance(spec, TrainSpec) else set()
+        self._jobs.start(
+            spec.job_id,
+            JOB_KINDS[type(spec)],
+            spec.model,
+            slices,
+            holds=_adapters_of(spec, loaded),
+            trains={name for name in names if name is not None},
+        )
 
     def _slices(self, spec: JobSpec, loaded: LoadedModel) -> Iterator[JobEvent | None]:
         if isinstance(spec, TrainSpec):
@@ -198,19 +218,33 @@ class Engine:
         chosen = [self._model(model)] if model is not None else list(self._models.values())
         return [info for loaded in chosen for info in loaded.adapters.list()]
 
-    def load_adapter(self, model: str, name: str, path: str | Path) -> AdapterInfo:
-        """Loads a PEFT directory that the operator names; it is not copied into the store."""
-        info = self._model(model).adapters.add_from_path(validate_name(name, "adapter"), Path(path))
+    def load_adapter(self, model: str, name: str, path: str | Path, *, force: bool = False) -> AdapterInfo:
+        """Loads a PEFT directory that the operator names; it is not copied into the store.
+
+        Args:
+            force: also one that was trained on other base weights, if the shapes fit.
+        """
+        info = self._model(model).adapters.add_from_path(validate_name(name, "adapter"), Path(path), force=force)
         self._forget(model, name)
         return info
 
-    def import_adapter(self, model: str, name: str, staged_dir: str | Path) -> AdapterInfo:
-        """Checks an uploaded PEFT directory and publishes it as a new version; the staged directory is used up."""
-        return self._model(model).adapters.import_staged(validate_name(name, "adapter"), Path(staged_dir))
+    def import_adapter(self, model: str, name: str, staged_dir: str | Path, *, force: bool = False) -> AdapterInfo:
+        """Checks an uploaded PEFT directory and publishes it as a new version; the staged directory is used up.
 
-    def load_adapter_version(self, model: str, name: str, version: int | None = None) -> AdapterInfo:
-        """Loads a stored version and makes it the live one; None: the newest."""
-        return self._model(model).adapters.load(name, version)
+        Args:
+            force: also one that was trained on other base weights, if the shapes fit.
+        """
+        return self._model(model).adapters.import_staged(validate_name(name, "adapter"), Path(staged_dir), force=force)
+
+    def load_adapter_version(
+        self, model: str, name: str, version: int | None = None, *, force: bool = False
+    ) -> AdapterInfo:
+        """Loads a stored version and makes it the live one; None: the newest.
+
+        Args:
+            force: also one that was trained on other base weights, if the shapes fit.
+        """
+        return self._model(model).adapters.load(name, version, force=force)
 
     def unload_adapter(self, model: str, name: str) -> None:
         """Drops an adapter from memory; it stays on disk. Requests in flight keep theirs."""
@@ -220,6 +254,57 @@ class Engine:
         """Deletes a version, or all of them, from disk."""
         self._model(model).adapters.delete(name, version)
         self._forget(model, name)
+
+    def rename_adapter(self, model: str, name: str, new_name: str, *, on_disk: bool = True) -> None:
+        """Gives an adapter another name; see AdapterStore.rename. Requests in flight keep what they have.
+
+        Raises:
+            FailedPreconditionError: a run trains one of the two, or goes on from the first.
+        """
+        for field, each in (("name", name), ("new_name", new_name)):
+            job_id = self._jobs.trainer_of(model, each)
+            if on_disk and job_id is not None:
+                raise FailedPreconditionError(
+                    f"{field} is {each!r}, with which run {job_id} works; wait for it or cancel it",
+                    field=field,
+                    reason="ADAPTER_BUSY",
+                )
+        self._model(model).adapters.rename(name, new_name, on_disk=on_disk)
+        self._forget(model, name)
+        self._forget(model, new_name)
+
+    def prune_adapters(
+        self,
+        model: str,
+        name: str | None,
+        keep_last: int,
+        *,
+        keep: Collection[tuple[str, int]] = (),
+        dry_run: bool = False,
+    ) -> list[AdapterInfo]:
+        """Deletes the versions that nothing needs; see AdapterStore.prune. Those of requests and jobs are kept."""
+        needed = {*keep, *self.adapters_in_use(model)}
+        return list(self._model(model).adapters.prune(name, keep_last, keep=needed, dry_run=dry_run))
+
+    def adapters_in_use(self, model: str) -> list[tuple[str, int]]:
+        """Names and versions of the adapters of requests and jobs."""
+        loaded = self._model(model)
+        held = self._jobs.holds(model) | (loaded.runner.adapters_held() if loaded.runner is not None else set())
+        return sorted(held)
+
+    def combine_adapters(
+        self,
+        model: str,
+        name: str,
+        sources: Sequence[WeightedAdapter],
+        method: str = "cat",
+        *,
+        force: bool = False,
+        max_rank: int = MAX_RANK,
+    ) -> AdapterInfo:
+        """Makes a new version of ``name`` from several adapters; see engine.lora.combine."""
+        adapters = self._model(model).adapters
+        return combine_adapters(adapters, name, sources, method, force=force, max_rank=max_rank)
 
     def adapter_path(self, model: str, name: str, version: int | None = None) -> Path:
         """The PEFT directory of a version; None: the live one."""
@@ -254,6 +339,25 @@ class Engine:
                 f"model {name!r} is not loaded; loaded: {known}", field="model", reason="MODEL_NOT_FOUND"
             )
         return self._models[name]
+
+
+def _adapters_of(spec: JobSpec, loaded: LoadedModel) -> list[tuple[str, int]]:
+    """Names and versions of the adapters that a job reads."""
+    match spec:
+        case TrainSpec(init_adapter=str(name), init_adapter_version=version):
+            pass
+        case PerplexitySpec(adapter=str(name), adapter_version=version):
+            pass
+        case EmbedSpec(adapter=str(name), adapter_version=version):
+            pass
+        case _:
+            return []
+    if version is None:
+        try:
+            version = loaded.adapters.get(name).version
+        except NotFoundError:
+            return []  # a run that resumes from a checkpoint does without the adapter that it began with
+    return [(name, version)]
 
 
 def _device(name: str) -> torch.device:

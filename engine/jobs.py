@@ -10,6 +10,19 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+MAX_SOURCES = 64
+"""Adapters that may go into one."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightedAdapter:
+    """Attributes: version: None: the live one; weight: what the adapter's update is multiplied by, finite."""
+
+    name: str
+    version: int | None = None
+    weight: float = 1.0
+
+
 # ---------------------------------------------------------------------------------------------------------- training
 
 

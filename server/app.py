@@ -23,6 +23,7 @@ from grpc_reflection.v1alpha import reflection
 from engine.errors import EngineError, InvalidArgumentError
 from engine.loading.defaults import embedded_models
 from engine.loading.resolve import resolve_model_path
+from server.adapter_retention import AdapterRetention
 from server.adapter_view import AdapterView
 from server.admission import Admission
 from server.config import ServerConfig, read_file
@@ -144,6 +145,7 @@ class App:
             devices=[config.device],
             models=self._models,
             adapters={name: (source.model, source.path) for name, source in config.adapter.items()},
+            force_adapters=config.force_adapters,
             supervision=SupervisionConfig(
                 heartbeat_timeout_seconds=config.heartbeat_timeout_seconds,
                 step_timeout_seconds=config.step_timeout_seconds,
@@ -156,6 +158,8 @@ class App:
         self.models = ModelRegistry(self.pool, self._models, state / "models")
         self.admission = Admission(config.max_active_requests, self.metrics)
         self.runs = RunManager(archive, self.pool, self.metrics, config.max_active_runs)
+        self.retention = AdapterRetention(self.pool, self.runs, config.max_adapter_versions)
+        self.runs.on_published = self.retention.published
         self.health = Health(SERVICE_NAMES, self.pool, self.models, self.admission)
         self.models.on_change = self.health.update
         self.http = HttpServer(self.health, self._scrape)
@@ -191,7 +195,9 @@ class App:
         quantization_pb2_grpc.add_QuantizationServiceServicer_to_server(QuantizationService(services), server)
         evaluation_pb2_grpc.add_EvaluationServiceServicer_to_server(EvaluationService(services), server)
         embedding_pb2_grpc.add_EmbeddingServiceServicer_to_server(EmbeddingService(services), server)
-        model_pb2_grpc.add_ModelServiceServicer_to_server(ModelService(services, self.runs, state / "staging"), server)
+        model_pb2_grpc.add_ModelServiceServicer_to_server(
+            ModelService(services, self.runs, self.retention, state / "staging"), server
+        )
         health_pb2_grpc.add_HealthServicer_to_server(self.health.servicer, server)
         names = (*SERVICE_NAMES, "grpc.health.v1.Health", reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, server)

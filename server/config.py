@@ -82,6 +82,10 @@ class ServerConfig(BaseSettings):
         default_factory=dict,
         description="NAME=MODEL:PATH of a PEFT adapter directory to load for a model; repeatable.",
     )
+    force_adapters: bool = Field(
+        default=False,
+        description="Load the adapters of --adapter also where they were trained on other weights than the model's.",
+    )
     state_dir: Path = Field(
         default_factory=lambda: default_state_dir(),
         description="Directory of adapters, checkpoints, the run archive and quantized models.",
@@ -197,6 +201,13 @@ class ServerConfig(BaseSettings):
     max_train_steps: int = Field(default=1_000_000, ge=1, description="Largest max_steps of a training run.")
     max_batch_size: int = Field(default=4096, ge=1, description="Largest batch_size of a training run.")
     max_lora_rank: int = Field(default=512, ge=1, description="Largest rank of an adapter to train.")
+    max_adapter_versions: int = Field(
+        default=0,
+        ge=0,
+        le=1 << 20,
+        description="Newest versions of an adapter to keep when one is published, besides the live one and those that "
+        "are in use; 0: all.",
+    )
     max_adapt_examples: int = Field(default=64, ge=1, description="Examples of one Adapt call.")
     max_adapt_steps: int = Field(default=100, ge=1, description="Steps of one Adapt call.")
     max_adapt_probes: int = Field(default=32, ge=0, description="Probe prompts of one Adapt call.")

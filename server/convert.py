@@ -16,11 +16,13 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from engine.errors import InvalidArgumentError
 from engine.info import AdapterInfo, ModelInfo
 from engine.jobs import (
+    MAX_SOURCES,
     EmbedFinished,
     PerplexityFinished,
     PerplexityProgress,
     QuantizeFinished,
     QuantizeProgress,
+    WeightedAdapter,
 )
 from engine.names import validate_name
 from engine.request import MAX_LOGIT_BIAS, FinishReason, SamplingParams, Timings, TokenLogprob
@@ -381,6 +383,26 @@ def to_adapter(info: AdapterInfo) -> model_pb2.Adapter:
         combination_method=_COMBINATION_NUMBERS[info.combination],
         forced=info.forced,
     )
+
+
+def from_weighted_adapters(messages: Sequence[model_pb2.WeightedAdapter], field: str) -> list[WeightedAdapter]:
+    """Adapters with weights, at least one."""
+    if not 1 <= len(messages) <= MAX_SOURCES:
+        raise InvalidArgumentError(f"{field} has {len(messages)} adapters; accepted: 1 to {MAX_SOURCES}", field=field)
+    sources = []
+    for index, message in enumerate(messages):
+        at = f"{field}[{index}]"
+        version = message.adapter.version if message.adapter.HasField("version") else None
+        sources.append(
+            WeightedAdapter(
+                name=validate_name(message.adapter.name, f"{at}.adapter.name"),
+                version=None if version is None else integer(version, f"{at}.adapter.version", 0),
+                weight=number(
+                    message.weight if message.HasField("weight") else 1.0, f"{at}.weight", -math.inf, low_open=True
+                ),
+            )
+        )
+    return sources
 
 
 def _to_version(name: str, version: int) -> model_pb2.AdapterVersion:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeVar
 
 from engine.errors import EngineError, FailedPreconditionError, OverloadedError, UnavailableError
@@ -20,6 +21,7 @@ from engine.jobs import (
     TrainCheckpoint,
     TrainEvaluation,
     TrainFinished,
+    TrainPublished,
     TrainSpec,
     TrainStep,
 )
@@ -38,6 +40,7 @@ class _LiveRun:
 
     model: str
     adapter: str
+    init_adapter: str | None
     events: asyncio.Queue[JobEvent] = field(default_factory=asyncio.Queue)
     more: asyncio.Event = field(default_factory=asyncio.Event)
     follower: asyncio.Task[None] | None = None
@@ -55,6 +58,9 @@ class RunManager:
         archive: where all of it is written.
         pool: computes.
         max_active: runs at once, queued ones included.
+
+    Attributes:
+        on_published: awaited with model and adapter after a run has made a version live.
     """
 
     def __init__(self, archive: RunArchive, pool: WorkerPool, metrics: Metrics, max_active: int) -> None:
@@ -64,6 +70,7 @@ class RunManager:
         self._max_active = max_active
         self._live: dict[str, _LiveRun] = {}
         self._draining = False
+        self.on_published: Callable[[str, str], Awaitable[None]] | None = None
         # One thread: writes come in order, and a slow disk holds up no stream.
         self._disk = ThreadPoolExecutor(1, thread_name_prefix="archive")
 
@@ -96,6 +103,28 @@ class RunManager:
         """Ids of the live runs of a model."""
         return [run_id for run_id, run in self._live.items() if run.model == model]
 
+    def run_with(self, model: str, adapter: str) -> str | None:
+        """Id of a live run that trains an adapter of that name, or goes on from it; None if there is none."""
+        for run_id, run in self._live.items():
+            if run.model == model and adapter in (run.adapter, run.init_adapter):
+                return run_id
+        return None
+
+    async def needed_versions(self, model: str) -> set[tuple[str, int]]:
+        """Names and versions of the adapters with which runs of a model would begin once more: those that are active
+        or may be resumed, and have no checkpoint yet to go on from."""
+        return await self._on_disk(self._needed_versions, model)
+
+    def _needed_versions(self, model: str) -> set[tuple[str, int]]:
+        specs = [record.train_spec() for record in self._archive.unfinished(model)]
+        return {
+            (spec.init_adapter, spec.init_adapter_version)
+            for spec in specs
+            if spec.init_adapter is not None
+            and spec.init_adapter_version is not None
+            and not any(Path(spec.run_dir).glob("checkpoints/step-*"))
+        }
+
     def check_capacity(self) -> None:
         """Raises OverloadedError if one run more would be too many."""
         if len(self._live) >= self._max_active:
@@ -119,7 +148,7 @@ class RunManager:
             EngineError: the engine did not accept it; the archive says so, too.
         """
         self.check_capacity()
-        live = self._live[spec.job_id] = _LiveRun(spec.model, spec.adapter)
+        live = self._live[spec.job_id] = _LiveRun(spec.model, spec.adapter, spec.init_adapter)
         try:
             await self._on_disk(
                 self._archive.create, spec=spec, kind=kind, request_id=request_id, config=config, dataset=dataset
@@ -144,7 +173,7 @@ class RunManager:
                 reason="RUN_NOT_RESUMABLE",
             )
         self.check_capacity()
-        live = self._live[run_id] = _LiveRun(record.model, record.adapter)
+        live = self._live[run_id] = _LiveRun(record.model, record.adapter, record.train_spec().init_adapter)
         try:
             last = await self._on_disk(self._archive.reopen, run_id)
         except BaseException:
@@ -224,6 +253,8 @@ class RunManager:
                     return
                 await self._on_disk(self._archive.append, run_id, event)
                 self._measure(live, event)  # type: ignore[arg-type]
+                if isinstance(event, TrainPublished) and self.on_published is not None:
+                    await self.on_published(live.model, live.adapter)
                 if isinstance(event, (TrainFinished, JobFailed)):
                     break
                 live.announce()

@@ -268,6 +268,15 @@ class RunArchive:
             rows = db.execute(query, values).fetchall()
         return [RunRecord(**dict(row)) for row in rows]
 
+    def unfinished(self, model: str) -> list[RunRecord]:
+        """The runs of a model that are active or may be resumed."""
+        with self._transaction() as db:
+            rows = db.execute(
+                "SELECT * FROM runs WHERE model = ? AND state IN ('queued', 'running', 'interrupted', 'cancelled')",
+                (model,),
+            ).fetchall()
+        return [RunRecord(**dict(row)) for row in rows]
+
     def mark_interrupted(self) -> list[str]:
         """Marks the runs that a crash left active; returns their ids. For start-up, before any run begins."""
         with self._transaction() as db:

@@ -18,7 +18,7 @@ CHUNK_BYTES = 512 << 10
 
 
 def import_requests(
-    name: str, model: str, directory: str | Path, request_id: str | None
+    name: str, model: str, directory: str | Path, request_id: str | None, force: bool = False
 ) -> Iterator[model_pb2.ImportAdapterRequest]:
     """The messages of ``import_adapter``; files are read as they are sent.
 
@@ -30,6 +30,7 @@ def import_requests(
         request_id=new_request_id(request_id),
         model=model,
         name=name,
+        force=force,
         files=[common_pb2.FileInfo(name=path.name, size_bytes=path.stat().st_size) for path in paths],
     )
     return _messages(header, paths)

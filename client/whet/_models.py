@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from whet._values import enum_word, fill, moment, new_request_id, optional, seconds
-from whet.errors import NotFoundError
+from whet._values import enum_value, enum_word, fill, moment, new_request_id, optional, reject, seconds
+from whet.errors import FailedPreconditionError, NotFoundError
 from whet.types import AdapterInfo, AdapterVersion, ModelInfo, WeightedAdapter
 from whet.v1 import model_pb2
 
@@ -134,9 +134,11 @@ def get_adapter_request(name: str, model: str, version: int | None) -> model_pb2
     return request
 
 
-def load_adapter_request(name: str, model: str, version: int | None) -> model_pb2.LoadAdapterRequest:
+def load_adapter_request(
+    name: str, model: str, version: int | None, force: bool = False
+) -> model_pb2.LoadAdapterRequest:
     """One adapter to bring into memory."""
-    request = model_pb2.LoadAdapterRequest(request_id=new_request_id(None), model=model, name=name)
+    request = model_pb2.LoadAdapterRequest(request_id=new_request_id(None), model=model, name=name, force=force)
     fill(request, {"version": version}, ("version",))
     return request
 
@@ -153,6 +155,74 @@ def delete_adapter_request(name: str, model: str, version: int | None) -> model_
     request = model_pb2.DeleteAdapterRequest(request_id=new_request_id(None), model=model, name=name)
     fill(request, {"version": version}, ("version",))
     return request
+
+
+def version_before(live: AdapterInfo) -> int:
+    """The version of the same name that the live one went on from.
+
+    Raises:
+        FailedPreconditionError: there is none.
+    """
+    if live.parent is None or live.parent.name != live.name or live.parent.version is None:
+        began = f"went on from {live.parent}" if live.parent is not None else "went on from no other version"
+        raise FailedPreconditionError(
+            f"version {live.version} of adapter {live.name!r} {began}; name the version of it to go back to",
+            reason="NO_EARLIER_VERSION",
+        )
+    return live.parent.version
+
+
+def rename_adapter_request(name: str, new_name: str, model: str) -> model_pb2.RenameAdapterRequest:
+    """One adapter to rename."""
+    return model_pb2.RenameAdapterRequest(request_id=new_request_id(None), model=model, name=name, new_name=new_name)
+
+
+def prune_adapters_request(
+    name: str | None, model: str, keep_last: int, dry_run: bool
+) -> model_pb2.PruneAdapterVersionsRequest:
+    """Versions to delete."""
+    request = model_pb2.PruneAdapterVersionsRequest(
+        request_id=new_request_id(None), model=model, name=name or "", dry_run=dry_run
+    )
+    fill(request, {"keep_last": keep_last}, ("keep_last",))
+    return request
+
+
+AdapterSources = Mapping[str, float] | Sequence[WeightedAdapter]
+"""Names to weights, or versions with weights."""
+
+
+def to_sources(sources: AdapterSources) -> list[model_pb2.WeightedAdapter]:
+    """Adapters with weights.
+
+    Raises:
+        InvalidArgumentError: something else was given.
+    """
+    if isinstance(sources, Mapping):
+        sources = [WeightedAdapter(name=name, weight=weight) for name, weight in sources.items()]
+    messages = []
+    for index, source in enumerate(sources):
+        if not isinstance(source, WeightedAdapter):
+            reject(f"sources[{index}]", source, "a WeightedAdapter; or, for all of them, names to weights")
+        message = model_pb2.WeightedAdapter()
+        fill(message.adapter, {"name": source.name, "version": source.version}, ("name", "version"))
+        fill(message, {"weight": source.weight}, ("weight",))
+        messages.append(message)
+    return messages
+
+
+def combine_adapters_request(
+    name: str, sources: AdapterSources, model: str, method: str | None, force: bool
+) -> model_pb2.CombineAdaptersRequest:
+    """Several adapters to make one of."""
+    return model_pb2.CombineAdaptersRequest(
+        request_id=new_request_id(None),
+        model=model,
+        name=name,
+        sources=to_sources(sources),
+        method=enum_value(model_pb2.CombinationMethod, "COMBINATION_METHOD_", method, "method"),
+        force=force,
+    )
 
 
 def export_adapter_request(name: str, model: str, version: int | None) -> model_pb2.ExportAdapterRequest:

@@ -15,6 +15,7 @@ from whet._async_streams import AsyncGeneration, AsyncQuantizeJob, AsyncTraining
 from whet._channel import DEFAULT_ADDRESS, DEFAULT_MAX_MESSAGE_BYTES, DEFAULT_TIMEOUT_SECONDS, TLS, resolve_tls
 from whet._embedding import EmbedInputs
 from whet._examples import ExampleSource
+from whet._models import AdapterSources
 from whet._retry import DEFAULT_RETRY, NO_RETRY, RetryPolicy
 from whet._sync import UNBOUNDED
 from whet._values import new_request_id
@@ -407,10 +408,20 @@ class AsyncClient:
         return _models.ancestors(name, version, await self.adapters(model=model, timeout=timeout))
 
     async def load_adapter(
-        self, name: str, *, model: str, version: int | None = None, timeout: float | None = None
+        self,
+        name: str,
+        *,
+        model: str,
+        version: int | None = None,
+        force: bool = False,
+        timeout: float | None = None,
     ) -> AdapterInfo:
-        """Brings a stored version (the newest unless named) into memory and makes it live."""
-        request = _models.load_adapter_request(name, model, version)
+        """Brings a stored version (the newest unless named) into memory and makes it live.
+
+        Args:
+            force: also one that was trained on other base weights, if the shapes fit.
+        """
+        request = _models.load_adapter_request(name, model, version, force)
         response = await self._caller.unary(self._model.LoadAdapter, request, request.request_id, timeout=timeout)
         return _models.from_adapter(response.adapter)
 
@@ -432,18 +443,95 @@ class AsyncClient:
         )
         return [_models.from_adapter(adapter) for adapter in response.adapters]
 
+    async def revert_adapter(
+        self, name: str, *, model: str, version: int | None = None, timeout: float | None = None
+    ) -> AdapterInfo:
+        """Makes an earlier version live again; the next ``adapt``, or ``train`` from it, goes on from there under a new
+        number. No version is lost.
+
+        Args:
+            version: default: the one that the live version went on from.
+        Raises:
+            FailedPreconditionError: none is named, and the live version went on from none of this name.
+        """
+        if version is None:
+            version = _models.version_before(await self.adapter(name, model=model, timeout=timeout))
+        return await self.load_adapter(name, model=model, version=version, timeout=timeout)
+
+    async def rename_adapter(
+        self, name: str, new_name: str, *, model: str, timeout: float | None = None
+    ) -> list[AdapterInfo]:
+        """Gives an adapter another name. Returns its versions, which keep their numbers."""
+        request = _models.rename_adapter_request(name, new_name, model)
+        response = await self._caller.unary(
+            self._model.RenameAdapter, request, request.request_id, timeout=timeout, repeat=False
+        )
+        return [_models.from_adapter(adapter) for adapter in response.adapters]
+
+    async def prune_adapters(
+        self,
+        name: str | None = None,
+        *,
+        model: str,
+        keep_last: int,
+        dry_run: bool = False,
+        timeout: float | None = None,
+    ) -> list[AdapterInfo]:
+        """Deletes versions that are not live, not among the newest, and not needed by a request, a job or a run that
+        may be resumed. Returns what was deleted.
+
+        Args:
+            name: default: every adapter of the model.
+            keep_last: newest versions of each adapter to keep, 0 or more.
+            dry_run: delete nothing; return what would be.
+        """
+        request = _models.prune_adapters_request(name, model, keep_last, dry_run)
+        response = await self._caller.unary(
+            self._model.PruneAdapterVersions, request, request.request_id, timeout=timeout, repeat=False
+        )
+        return [_models.from_adapter(adapter) for adapter in response.adapters]
+
+    async def combine_adapters(
+        self,
+        name: str,
+        sources: AdapterSources,
+        *,
+        model: str,
+        method: str | None = None,
+        force: bool = False,
+        timeout: float | None = None,
+    ) -> AdapterInfo:
+        """Makes a new version of ``name`` from several adapters, live on return.
+
+        Args:
+            sources: names to weights, or ``WeightedAdapter``s where versions matter.
+            method: "cat", the default: exactly the weighted sum of the updates; ranks add up. "linear": PEFT's
+                weighted sums of the factors; ranks are equal, and stay.
+            force: also adapters that were trained on other base weights.
+        """
+        request = _models.combine_adapters_request(name, sources, model, method, force)
+        response = await self._caller.unary(
+            self._model.CombineAdapters, request, request.request_id, timeout=timeout, repeat=False
+        )
+        return _models.from_adapter(response.adapter)
+
     async def import_adapter(
         self,
         name: str,
         *,
         model: str,
         directory: str | Path,
+        force: bool = False,
         request_id: str | None = None,
         timeout: float | None = None,
     ) -> AdapterInfo:
-        """Uploads a PEFT adapter (adapter_config.json, adapter_model.safetensors) as a new version, live on return."""
+        """Uploads a PEFT adapter (adapter_config.json, adapter_model.safetensors) as a new version, live on return.
+
+        Args:
+            force: also one that says that it was trained on other base weights, if the shapes fit.
+        """
         request_id = new_request_id(request_id)
-        messages = functools.partial(_files.import_requests, name, model, directory, request_id)
+        messages = functools.partial(_files.import_requests, name, model, directory, request_id, force)
         response = await self._caller.unary(self._model.ImportAdapter, messages, request_id, timeout=timeout)
         return _models.from_adapter(response.adapter)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Collection, Generator, Iterator
 from dataclasses import dataclass
 
 from engine.core.failures import as_engine_error
@@ -26,6 +26,8 @@ class _Job:
     kind: str
     model: str
     slices: Iterator[JobEvent | None]
+    holds: Collection[tuple[str, int]]
+    trains: Collection[str]
 
 
 class JobLoop:
@@ -53,15 +55,35 @@ class JobLoop:
         """Whether a job works on that model."""
         return any(job.model == model for job in self._jobs)
 
-    def start(self, job_id: str, kind: str, model: str, slices: Iterator[JobEvent | None]) -> None:
+    def holds(self, model: str) -> set[tuple[str, int]]:
+        """Names and versions of the adapters that jobs of that model work with."""
+        return {version for job in self._jobs if job.model == model for version in job.holds}
+
+    def trainer_of(self, model: str, adapter: str) -> str | None:
+        """Id of a job that trains an adapter of that name, or goes on from it; None if there is none."""
+        return next((job.job_id for job in self._jobs if job.model == model and adapter in job.trains), None)
+
+    def start(
+        self,
+        job_id: str,
+        kind: str,
+        model: str,
+        slices: Iterator[JobEvent | None],
+        *,
+        holds: Collection[tuple[str, int]] = (),
+        trains: Collection[str] = (),
+    ) -> None:
         """Enters a job; its first slice runs with a later advance.
 
+        Args:
+            holds: names and versions of the adapters that it works with.
+            trains: names of the adapters that it trains or goes on from.
         Raises:
             AlreadyExistsError: a job of that id is running.
         """
         if any(job.job_id == job_id for job in self._jobs):
             raise AlreadyExistsError(f"job {job_id!r} is already running", field="job_id")
-        self._jobs.append(_Job(job_id, kind, model, slices))
+        self._jobs.append(_Job(job_id, kind, model, slices, holds, trains))
 
     def cancel(self, job_id: str) -> JobFailed:
         """Ends a job; its own clean-up runs before this returns.

@@ -294,6 +294,10 @@ class Runner:
             observations=observations,
         )
 
+    def adapters_held(self) -> set[tuple[str, int]]:
+        """Names and versions of the adapters of all live requests."""
+        return self._scheduler.adapters_held()
+
     def forget_adapter(self, name: str) -> None:
         """No later request shares prefixes with earlier ones of that adapter."""
         self._scheduler.forget_adapter(name)

@@ -145,6 +145,11 @@ class Scheduler:
         """Names of the adapters of running sequences, each once, sorted."""
         return sorted({s.adapter.name for s in self._running if s.adapter is not None})
 
+    def adapters_held(self) -> set[tuple[str, int]]:
+        """Names and versions of the adapters of all live sequences."""
+        live = (sequence.adapter for sequences in self._live.values() for sequence in sequences)
+        return {(adapter.name, adapter.version) for adapter in live if adapter is not None}
+
     def forget_adapter(self, name: str) -> None:
         """No later request shares prefixes with an earlier one of this adapter.
 

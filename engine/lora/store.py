@@ -143,6 +143,10 @@ class AdapterStore:
             self._refuse_other_base(name, version, base_digest_of(directory))
         return load_adapter(directory, self._linears, name=name, version=version, dtype=torch.float32)
 
+    def is_of_other_base(self, name: str, version: int) -> bool:
+        """Whether a version says that it was trained on other base weights."""
+        return self._is_other_base(base_digest_of(self.path(name, version)))
+
     def present(self, name: str, version: int) -> tuple[str, int]:
         """Name and version under which the weights go now that once were this name's and version's."""
         return self._stored.present(name, version)
@@ -293,7 +297,7 @@ class AdapterStore:
         live = self._live.get(name)
         if live is None or live.version != version:
             live = self._take_old(name, version) or self._read(name, version, force=force)
-            if force and self._is_other_base(base_digest_of(self._stored.directory(name, version))):
+            if force and self.is_of_other_base(name, version):
                 state = self._stored.state(name)
                 self._stored.write_state(name, replace(state, forced=state.forced | {version: self._base_digest}))
         self._make_live(name, live)

@@ -15,6 +15,8 @@ from engine.errors import FormatError, InvalidArgumentError, NotFoundError
 from engine.info import AdapterInfo
 from engine.names import validate_name
 from server import convert
+from server.adapter_changes import AdapterChanges
+from server.adapter_retention import AdapterRetention
 from server.errors import over_limit
 from server.models import ModelEntry, ReadyModel
 from server.rpc import Context, current_call, new_request_id
@@ -32,9 +34,11 @@ _VERSION = re.compile(r"[0-9]{1,10}")
 class ModelService(model_pb2_grpc.ModelServiceServicer):
     """The models and adapters that the server knows."""
 
-    def __init__(self, services: Services, runs: RunManager, staging_dir: Path) -> None:
+    def __init__(self, services: Services, runs: RunManager, retention: AdapterRetention, staging_dir: Path) -> None:
         self._services = services
         self._runs = runs
+        self._retention = retention
+        self._changes = AdapterChanges(services, runs, retention)
         self._staging_dir = staging_dir
         self._imports: OrderedDict[str, tuple[bytes, asyncio.Task[model_pb2.Adapter]]] = OrderedDict()
         self._publishing: set[asyncio.Task[model_pb2.Adapter]] = set()
@@ -118,7 +122,7 @@ class ModelService(model_pb2_grpc.ModelServiceServicer):
         with self._services.working_on(request.model) as model:
             version = _version(request)
             name = validate_name(request.name, "name")
-            info = await self._services.pool.load_adapter_version(model.name, name, version)
+            info = await self._services.pool.load_adapter_version(model.name, name, version, force=request.force)
             return model_pb2.LoadAdapterResponse(adapter=convert.to_adapter(info))
 
     async def UnloadAdapter(
@@ -155,6 +159,26 @@ class ModelService(model_pb2_grpc.ModelServiceServicer):
             deleted = await self._versions(model.name, name, version)
             await self._services.pool.delete_adapter(model.name, name, version)
             return model_pb2.DeleteAdapterResponse(adapters=[convert.to_adapter(info) for info in deleted])
+
+    async def RenameAdapter(
+        self, request: model_pb2.RenameAdapterRequest, context: Context
+    ) -> model_pb2.RenameAdapterResponse:
+        """Gives an adapter another name; see the proto file."""
+        renamed = await self._changes.rename(request)
+        return model_pb2.RenameAdapterResponse(adapters=[convert.to_adapter(info) for info in renamed])
+
+    async def PruneAdapterVersions(
+        self, request: model_pb2.PruneAdapterVersionsRequest, context: Context
+    ) -> model_pb2.PruneAdapterVersionsResponse:
+        """Deletes versions that nothing needs; see the proto file."""
+        pruned = await self._changes.prune(request)
+        return model_pb2.PruneAdapterVersionsResponse(adapters=[convert.to_adapter(info) for info in pruned])
+
+    async def CombineAdapters(
+        self, request: model_pb2.CombineAdaptersRequest, context: Context
+    ) -> model_pb2.CombineAdaptersResponse:
+        """Makes a new version of several adapters; see the proto file."""
+        return model_pb2.CombineAdaptersResponse(adapter=convert.to_adapter(await self._changes.combine(request)))
 
     async def ImportAdapter(
         self, request_iterator: AsyncIterator[model_pb2.ImportAdapterRequest], context: Context
@@ -217,17 +241,19 @@ class ModelService(model_pb2_grpc.ModelServiceServicer):
                 raise
             finally:
                 upload.close()
-            publishing = asyncio.create_task(self._publish(model, name, upload.directory))
+            publishing = asyncio.create_task(self._publish(model, name, upload.directory, header.force))
             self._publishing.add(publishing)
             publishing.add_done_callback(self._publishing.discard)
             if header.request_id:
                 self._remember_import(header, publishing)
             return await asyncio.shield(publishing)
 
-    async def _publish(self, model: ReadyModel, name: str, directory: Path) -> model_pb2.Adapter:
+    async def _publish(self, model: ReadyModel, name: str, directory: Path, force: bool) -> model_pb2.Adapter:
         try:
             with model.entry.use():
-                return convert.to_adapter(await self._services.pool.import_adapter(model.name, name, directory))
+                info = await self._services.pool.import_adapter(model.name, name, directory, force=force)
+                await self._retention.published(model.name, name)
+                return convert.to_adapter(info)
         finally:
             await asyncio.to_thread(shutil.rmtree, directory, ignore_errors=True)
 

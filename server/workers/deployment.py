@@ -5,20 +5,25 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Collection, Coroutine, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 from engine.errors import AlreadyExistsError, EngineError, FailedPreconditionError, NotFoundError
 from engine.info import AdapterInfo, ModelInfo
+from engine.jobs import WeightedAdapter
 from engine.names import validate_name
 from server.workers.messages import (
+    AdaptersInUse,
+    CombineAdapters,
     DeleteAdapter,
     ImportAdapter,
     ListAdapters,
     LoadAdapter,
     LoadAdapterVersion,
     LoadModel,
+    PruneAdapters,
+    RenameAdapter,
     UnloadAdapter,
     UnloadModel,
 )
@@ -38,10 +43,19 @@ class Deployment:
     Args:
         models: name to path, loaded by every worker at its start.
         adapters: adapter name to (model, PEFT directory), loaded with the model.
+        force_adapters: also those of them that were trained on other base weights.
     """
 
-    def __init__(self, router: Router, models: Mapping[str, Path], adapters: Mapping[str, tuple[str, Path]]) -> None:
+    def __init__(
+        self,
+        router: Router,
+        models: Mapping[str, Path],
+        adapters: Mapping[str, tuple[str, Path]],
+        *,
+        force_adapters: bool = False,
+    ) -> None:
         self._router = router
+        self._force_adapters = force_adapters
         self._paths = {name: str(path) for name, path in models.items()}
         self._adapters: dict[tuple[str, str], str | int] = {
             (model, name): str(path) for name, (model, path) in adapters.items()
@@ -81,7 +95,7 @@ class Deployment:
 
     async def _restore_adapter(self, replica: Replica, model: str, name: str, source: str | int) -> None:
         try:
-            await _load_adapter(replica, model, name, source)
+            await self._load_adapter(replica, model, name, source)
         except EngineError as error:
             # A fresh server refuses to start without an adapter it was told to load; one that is merely restarting a
             # worker goes on with what is there.
@@ -204,29 +218,37 @@ class Deployment:
 
     # ----------------------------------------------------------------------------------------------------- adapters
 
-    async def load_adapter(self, model: str, name: str, source: str | int | None) -> AdapterInfo:
+    async def load_adapter(
+        self, model: str, name: str, source: str | int | None, *, force: bool = False
+    ) -> AdapterInfo:
         """Loads an adapter on every worker.
 
         Args:
             source: a PEFT directory that the operator names, a stored version, or None for the newest stored one.
+            force: also a stored version that was trained on other base weights. The store remembers it, for the other
+                workers as well.
         """
 
         async def change() -> AdapterInfo:
             replica = await self._router.acquire(model)
-            info = await _load_adapter(replica, model, name, source)
+            info = await self._load_adapter(replica, model, name, source, force=force)
             await self.published(model, name, source if isinstance(source, str) else info.version, by=replica)
             return info
 
         return await self._changing(change)
 
-    async def import_adapter(self, model: str, name: str, staged_dir: str | Path) -> AdapterInfo:
+    async def import_adapter(
+        self, model: str, name: str, staged_dir: str | Path, *, force: bool = False
+    ) -> AdapterInfo:
         """Publishes an uploaded adapter as a new version on every worker; the staged directory is used up."""
 
         async def change() -> AdapterInfo:
             replica = await self._router.acquire(model)
             info = await replica.call(
                 AdapterInfo,
-                lambda call: ImportAdapter(call_id=call, model=model, name=name, staged_dir=str(staged_dir)),
+                lambda call: ImportAdapter(
+                    call_id=call, model=model, name=name, staged_dir=str(staged_dir), force=force
+                ),
             )
             await self.published(model, name, info.version, by=replica)
             return info
@@ -261,6 +283,78 @@ class Deployment:
 
         await self._changing(change)
 
+    async def rename_adapter(self, model: str, name: str, new_name: str) -> None:
+        """Gives an adapter another name, everywhere."""
+
+        async def change() -> None:
+            first = await self._router.acquire(model)
+
+            def command(on_disk: bool) -> Callable[[int], RenameAdapter]:
+                return lambda call: RenameAdapter(
+                    call_id=call, model=model, name=name, new_name=new_name, on_disk=on_disk
+                )
+
+            await first.call(type(None), command(True))
+            source = self._adapters.pop((model, name), None)
+            if source is not None:
+                self._adapters[(model, new_name)] = source
+            for replica in self._router.holding(model):
+                if replica is not first:
+                    with contextlib.suppress(WorkerLostError):  # its next life reads the new name
+                        await replica.call(type(None), command(False))
+
+        await self._changing(change)
+
+    async def prune_adapters(
+        self, model: str, name: str | None, keep_last: int, keep: Collection[tuple[str, int]], *, dry_run: bool
+    ) -> list[AdapterInfo]:
+        """Deletes the versions that nothing needs on any worker; see AdapterStore.prune."""
+
+        async def change() -> list[AdapterInfo]:
+            first = await self._router.acquire(model)
+            needed = set(keep)
+            for replica in self._router.holding(model):
+                if replica is not first:
+                    with contextlib.suppress(WorkerLostError):  # what it was at is lost as well, or starts over
+                        needed |= set(
+                            await replica.call(
+                                list[tuple[str, int]], lambda call: AdaptersInUse(call_id=call, model=model)
+                            )
+                        )
+            # What is live stays, so the others have nothing to follow.
+            return await first.call(
+                list[AdapterInfo],
+                lambda call: PruneAdapters(
+                    call_id=call, model=model, name=name, keep_last=keep_last, keep=sorted(needed), dry_run=dry_run
+                ),
+            )
+
+        return await self._changing(change)
+
+    async def combine_adapters(
+        self, model: str, name: str, sources: list[WeightedAdapter], method: str, *, force: bool, max_rank: int
+    ) -> AdapterInfo:
+        """Publishes a combination of adapters as a new version on every worker."""
+
+        async def change() -> AdapterInfo:
+            replica = await self._router.acquire(model)
+            info = await replica.call(
+                AdapterInfo,
+                lambda call: CombineAdapters(
+                    call_id=call,
+                    model=model,
+                    name=name,
+                    sources=sources,
+                    method=method,
+                    force=force,
+                    max_rank=max_rank,
+                ),
+            )
+            await self.published(model, name, info.version, by=replica)
+            return info
+
+        return await self._changing(change)
+
     async def published(self, model: str, name: str, source: str | int, by: Replica | None = None) -> None:
         """Makes an adapter that is live on one worker live on all others, and on those to come."""
         self._adapters[(model, name)] = source
@@ -268,7 +362,7 @@ class Deployment:
             if replica is by:
                 continue
             with contextlib.suppress(WorkerLostError):  # its next life loads it
-                await _load_adapter(replica, model, name, source)
+                await self._load_adapter(replica, model, name, source)
 
     async def _unload_adapter(self, model: str, name: str, but: Replica) -> None:
         self._adapters.pop((model, name), None)
@@ -291,12 +385,15 @@ class Deployment:
         task.add_done_callback(self._tasks.discard)
         return await asyncio.shield(task)
 
-
-async def _load_adapter(replica: Replica, model: str, name: str, source: str | int | None) -> AdapterInfo:
-    if isinstance(source, str):
+    async def _load_adapter(
+        self, replica: Replica, model: str, name: str, source: str | int | None, *, force: bool = False
+    ) -> AdapterInfo:
+        if isinstance(source, str):
+            forced = force or self._force_adapters
+            return await replica.call(
+                AdapterInfo, lambda call: LoadAdapter(call_id=call, model=model, name=name, path=source, force=forced)
+            )
         return await replica.call(
-            AdapterInfo, lambda call: LoadAdapter(call_id=call, model=model, name=name, path=source)
+            AdapterInfo,
+            lambda call: LoadAdapterVersion(call_id=call, model=model, name=name, version=source, force=force),
         )
-    return await replica.call(
-        AdapterInfo, lambda call: LoadAdapterVersion(call_id=call, model=model, name=name, version=source)
-    )

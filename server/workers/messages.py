@@ -14,7 +14,7 @@ import msgspec
 from engine.config import EngineConfig
 from engine.errors import ERRORS_BY_CODE, EngineError, InternalError
 from engine.info import EngineStats
-from engine.jobs import JobEvent, JobSpec
+from engine.jobs import JobEvent, JobSpec, WeightedAdapter
 from engine.request import Request, RequestOutput
 
 T = TypeVar("T")
@@ -161,27 +161,31 @@ class ListAdapters(Call, frozen=True, kw_only=True):
 
 
 class LoadAdapter(Call, frozen=True, kw_only=True):
-    """Loads a directory that the operator named. Replies an AdapterInfo."""
+    """Loads a directory that the operator named; force: also onto other base weights. Replies an AdapterInfo."""
 
     model: str
     name: str
     path: str
+    force: bool = False
 
 
 class LoadAdapterVersion(Call, frozen=True, kw_only=True):
-    """Makes a stored version the live one; None: the newest. Replies an AdapterInfo."""
+    """Makes a stored version the live one; None: the newest; force: also onto other base weights. Replies an
+    AdapterInfo."""
 
     model: str
     name: str
     version: int | None
+    force: bool = False
 
 
 class ImportAdapter(Call, frozen=True, kw_only=True):
-    """Publishes an uploaded directory as a new version. Replies an AdapterInfo."""
+    """Publishes an uploaded directory as a new version; force: also onto other base weights. Replies an AdapterInfo."""
 
     model: str
     name: str
     staged_dir: str
+    force: bool = False
 
 
 class UnloadAdapter(Call, frozen=True, kw_only=True):
@@ -197,6 +201,47 @@ class DeleteAdapter(Call, frozen=True, kw_only=True):
     model: str
     name: str
     version: int | None
+
+
+class RenameAdapter(Call, frozen=True, kw_only=True):
+    """Replies None. Attributes: on_disk: False: another worker has done that part."""
+
+    model: str
+    name: str
+    new_name: str
+    on_disk: bool = True
+
+
+class AdaptersInUse(Call, frozen=True, kw_only=True):
+    """Replies a list of (name, version): the adapters of this worker's requests and jobs."""
+
+    model: str
+
+
+class PruneAdapters(Call, frozen=True, kw_only=True):
+    """Replies a list of AdapterInfo: what was deleted, or would be.
+
+    Attributes:
+        name: None: every adapter of the model.
+        keep: names and versions that are needed elsewhere.
+    """
+
+    model: str
+    name: str | None
+    keep_last: int
+    keep: list[tuple[str, int]]
+    dry_run: bool
+
+
+class CombineAdapters(Call, frozen=True, kw_only=True):
+    """Publishes a combination of adapters as a new version of ``name``. Replies an AdapterInfo."""
+
+    model: str
+    name: str
+    sources: list[WeightedAdapter]
+    method: str
+    force: bool
+    max_rank: int
 
 
 class AdapterPath(Call, frozen=True, kw_only=True):
@@ -225,6 +270,10 @@ AnyCommand = (
     | ImportAdapter
     | UnloadAdapter
     | DeleteAdapter
+    | RenameAdapter
+    | AdaptersInUse
+    | PruneAdapters
+    | CombineAdapters
     | AdapterPath
     | Shutdown
 )

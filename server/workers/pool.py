@@ -18,7 +18,7 @@ import asyncio
 import dataclasses
 import logging
 import time
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -26,7 +26,7 @@ from typing import Literal
 from engine.config import EngineConfig
 from engine.errors import AlreadyExistsError, EngineError
 from engine.info import AdapterInfo, EngineStats, ModelInfo
-from engine.jobs import JobEvent, JobSpec
+from engine.jobs import JobEvent, JobSpec, WeightedAdapter
 from engine.request import Request, RequestOutput
 from server.workers.deployment import Deployment
 from server.workers.heartbeat import HEARTBEAT_SUFFIX
@@ -85,6 +85,7 @@ class WorkerPool:
         devices: one worker each, such as ["cuda:0", "cuda:1"]; the same device may come twice.
         models: name to path of the models to load at start-up.
         adapters: adapter name to (model, PEFT directory), to load with the models.
+        force_adapters: also those of them that were trained on other base weights.
         supervision: timeouts and restarts.
         log_level, log_format: of the workers' logs, which go to the same standard error.
     """
@@ -96,6 +97,7 @@ class WorkerPool:
         devices: Sequence[str],
         models: Mapping[str, Path],
         adapters: Mapping[str, tuple[str, Path]] | None = None,
+        force_adapters: bool = False,
         supervision: SupervisionConfig | None = None,
         log_level: str = "info",
         log_format: Literal["json", "text"] = "text",
@@ -108,7 +110,7 @@ class WorkerPool:
         self._log_level = log_level
         self._log_format = log_format
         self._router = Router()
-        self._deployment = Deployment(self._router, models, adapters or {})
+        self._deployment = Deployment(self._router, models, adapters or {}, force_adapters=force_adapters)
         self._jobs = Jobs(self._router, self._deployment)
         self._link: Link | None = None
 
@@ -320,13 +322,34 @@ class WorkerPool:
         """Loads a PEFT directory that the operator names."""
         return await self._deployment.load_adapter(model, name, str(path))
 
-    async def load_adapter_version(self, model: str, name: str, version: int | None = None) -> AdapterInfo:
-        """Makes a stored version the live one; None: the newest."""
-        return await self._deployment.load_adapter(model, name, version)
+    async def load_adapter_version(
+        self, model: str, name: str, version: int | None = None, *, force: bool = False
+    ) -> AdapterInfo:
+        """Makes a stored version the live one; None: the newest; force: also one of other base weights."""
+        return await self._deployment.load_adapter(model, name, version, force=force)
 
-    async def import_adapter(self, model: str, name: str, staged_dir: str | Path) -> AdapterInfo:
-        """Checks an uploaded PEFT directory and publishes it as a new version; the directory is used up."""
-        return await self._deployment.import_adapter(model, name, staged_dir)
+    async def import_adapter(
+        self, model: str, name: str, staged_dir: str | Path, *, force: bool = False
+    ) -> AdapterInfo:
+        """Checks an uploaded PEFT directory and publishes it as a new version; the directory is used up. force: also
+        one of other base weights."""
+        return await self._deployment.import_adapter(model, name, staged_dir, force=force)
+
+    async def rename_adapter(self, model: str, name: str, new_name: str) -> None:
+        """Gives an adapter another name. Requests in flight keep what they have."""
+        await self._deployment.rename_adapter(model, name, new_name)
+
+    async def prune_adapters(
+        self, model: str, name: str | None, keep_last: int, keep: Collection[tuple[str, int]] = (), *, dry_run: bool
+    ) -> list[AdapterInfo]:
+        """Deletes versions that are not live, newest, in ``keep`` or in use; returns what was deleted, or would be."""
+        return await self._deployment.prune_adapters(model, name, keep_last, keep, dry_run=dry_run)
+
+    async def combine_adapters(
+        self, model: str, name: str, sources: list[WeightedAdapter], method: str, *, force: bool, max_rank: int
+    ) -> AdapterInfo:
+        """Publishes a combination of adapters as a new version."""
+        return await self._deployment.combine_adapters(model, name, sources, method, force=force, max_rank=max_rank)
 
     async def unload_adapter(self, model: str, name: str) -> None:
         """Drops an adapter from memory; it stays on disk. Requests in flight keep theirs."""

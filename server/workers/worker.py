@@ -24,11 +24,13 @@ from server.workers.heartbeat import HeartbeatThread
 from server.workers.messages import (
     Abort,
     AdapterPath,
+    AdaptersInUse,
     AddRequest,
     AnyCommand,
     Call,
     CancelJob,
     CheckpointJobs,
+    CombineAdapters,
     DeleteAdapter,
     Failure,
     ImportAdapter,
@@ -38,7 +40,9 @@ from server.workers.messages import (
     LoadAdapterVersion,
     LoadModel,
     Outputs,
+    PruneAdapters,
     Ready,
+    RenameAdapter,
     Reply,
     Report,
     RequestFailed,
@@ -156,11 +160,19 @@ class Worker:
             case ListAdapters(model=model):
                 return engine.adapters(model)
             case LoadAdapter(model=model, name=name, path=path):
-                return engine.load_adapter(model, name, path)
+                return engine.load_adapter(model, name, path, force=call.force)
             case LoadAdapterVersion(model=model, name=name, version=version):
-                return engine.load_adapter_version(model, name, version)
+                return engine.load_adapter_version(model, name, version, force=call.force)
             case ImportAdapter(model=model, name=name, staged_dir=staged_dir):
-                return engine.import_adapter(model, name, staged_dir)
+                return engine.import_adapter(model, name, staged_dir, force=call.force)
+            case RenameAdapter(model=model, name=name, new_name=new_name):
+                engine.rename_adapter(model, name, new_name, on_disk=call.on_disk)
+            case AdaptersInUse(model=model):
+                return engine.adapters_in_use(model)
+            case PruneAdapters(model=model, name=prune_name, keep_last=keep_last):
+                return engine.prune_adapters(model, prune_name, keep_last, keep=call.keep, dry_run=call.dry_run)
+            case CombineAdapters(model=model, name=name, sources=sources, method=method):
+                return engine.combine_adapters(model, name, sources, method, force=call.force, max_rank=call.max_rank)
             case UnloadAdapter(model=model, name=name):
                 engine.unload_adapter(model, name)
             case DeleteAdapter(model=model, name=name, version=version):

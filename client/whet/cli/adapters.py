@@ -7,7 +7,7 @@ import datetime
 
 import click
 
-from whet import AdapterInfo
+from whet import AdapterInfo, WeightedAdapter
 from whet.cli.app import Settings, settings_options, shown
 
 _COLUMNS = ("model", "name", "version", "live", "loaded", "rank", "alpha", "best_nll", "created_at")
@@ -108,12 +108,13 @@ def show_lineage(settings: Settings, name: str, model: str, version: int | None)
 @click.argument("name")
 @click.option("--model", "-m", required=True)
 @click.option("--version", type=int, default=None, help="Default: the newest.")
+@click.option("--force", is_flag=True, help="Also one that was trained on other base weights.")
 @settings_options
 @click.pass_obj
-def load_adapter(settings: Settings, name: str, model: str, version: int | None) -> None:
+def load_adapter(settings: Settings, name: str, model: str, version: int | None, force: bool) -> None:
     """Bring a version into memory and make it live."""
     with settings.client() as client:
-        loaded = client.load_adapter(name, model=model, version=version)
+        loaded = client.load_adapter(name, model=model, version=version, force=force)
         settings.emit_table("adapter", [loaded], _COLUMNS)
 
 
@@ -143,16 +144,89 @@ def delete_adapter(settings: Settings, name: str, model: str, version: int | Non
         settings.emit_table("adapter", deleted, _COLUMNS)
 
 
+@adapters.command("rename")
+@click.argument("name")
+@click.argument("new_name")
+@click.option("--model", "-m", required=True)
+@settings_options
+@click.pass_obj
+def rename_adapter(settings: Settings, name: str, new_name: str, model: str) -> None:
+    """Give an adapter another name. Its versions keep their numbers."""
+    with settings.client() as client:
+        settings.emit_table("adapter", client.rename_adapter(name, new_name, model=model), _COLUMNS)
+
+
+@adapters.command("revert")
+@click.argument("name")
+@click.option("--model", "-m", required=True)
+@click.option("--version", type=int, default=None, help="Default: the one that the live version went on from.")
+@settings_options
+@click.pass_obj
+def revert_adapter(settings: Settings, name: str, model: str, version: int | None) -> None:
+    """Make an earlier version live again."""
+    with settings.client() as client:
+        settings.emit_table("adapter", [client.revert_adapter(name, model=model, version=version)], _COLUMNS)
+
+
+@adapters.command("prune")
+@click.argument("name", required=False)
+@click.option("--model", "-m", required=True)
+@click.option("--keep-last", type=int, required=True, help="Newest versions to keep, besides the live one.")
+@click.option("--dry-run", is_flag=True, help="Tell what would be deleted.")
+@settings_options
+@click.pass_obj
+def prune_adapters(settings: Settings, name: str | None, model: str, keep_last: int, dry_run: bool) -> None:
+    """Delete old versions of an adapter, or of all, that nothing needs."""
+    with settings.client() as client:
+        pruned = client.prune_adapters(name, model=model, keep_last=keep_last, dry_run=dry_run)
+        settings.emit_table("adapter", pruned, _COLUMNS)
+
+
+@adapters.command("combine")
+@click.argument("name")
+@click.argument("sources", nargs=-1, required=True, metavar="SOURCE[:VERSION][=WEIGHT]...")
+@click.option("--model", "-m", required=True)
+@click.option("--method", type=click.Choice(["cat", "linear"]), default=None, help="Default: cat, which is exact.")
+@click.option("--force", is_flag=True, help="Also adapters that were trained on other base weights.")
+@settings_options
+@click.pass_obj
+def combine_adapters(
+    settings: Settings, name: str, sources: tuple[str, ...], model: str, method: str | None, force: bool
+) -> None:
+    """Make a new version of NAME from several adapters: tone=0.7 style:3=0.3"""
+    with settings.client() as client:
+        weighted = [parse_source(source) for source in sources]
+        combined = client.combine_adapters(name, weighted, model=model, method=method, force=force)
+        settings.emit_table("adapter", [combined], _COLUMNS)
+
+
+def parse_source(text: str) -> WeightedAdapter:
+    """Reads NAME[:VERSION][=WEIGHT].
+
+    Raises:
+        click.UsageError: the version is no number, or the weight none.
+    """
+    adapter, equals, weight = text.partition("=")
+    name, colon, version = adapter.partition(":")
+    try:
+        return WeightedAdapter(
+            name=name, version=int(version) if colon else None, weight=float(weight) if equals else 1.0
+        )
+    except ValueError:
+        raise click.UsageError(f"{text!r} is no NAME[:VERSION][=WEIGHT]") from None
+
+
 @adapters.command("import")
 @click.argument("name")
 @click.argument("directory", type=click.Path(exists=True, file_okay=False))
 @click.option("--model", "-m", required=True)
+@click.option("--force", is_flag=True, help="Also one that was trained on other base weights.")
 @settings_options
 @click.pass_obj
-def import_adapter(settings: Settings, name: str, directory: str, model: str) -> None:
+def import_adapter(settings: Settings, name: str, directory: str, model: str, force: bool) -> None:
     """Upload a PEFT adapter from DIRECTORY."""
     with settings.client() as client:
-        imported = client.import_adapter(name, model=model, directory=directory)
+        imported = client.import_adapter(name, model=model, directory=directory, force=force)
         settings.emit_table("adapter", [imported], _COLUMNS)
 
 

@@ -83,6 +83,21 @@ class ModelServiceStub:
                 request_serializer=whet_dot_v1_dot_model__pb2.DeleteAdapterRequest.SerializeToString,
                 response_deserializer=whet_dot_v1_dot_model__pb2.DeleteAdapterResponse.FromString,
                 _registered_method=True)
+        self.RenameAdapter = channel.unary_unary(
+                '/whet.v1.ModelService/RenameAdapter',
+                request_serializer=whet_dot_v1_dot_model__pb2.RenameAdapterRequest.SerializeToString,
+                response_deserializer=whet_dot_v1_dot_model__pb2.RenameAdapterResponse.FromString,
+                _registered_method=True)
+        self.PruneAdapterVersions = channel.unary_unary(
+                '/whet.v1.ModelService/PruneAdapterVersions',
+                request_serializer=whet_dot_v1_dot_model__pb2.PruneAdapterVersionsRequest.SerializeToString,
+                response_deserializer=whet_dot_v1_dot_model__pb2.PruneAdapterVersionsResponse.FromString,
+                _registered_method=True)
+        self.CombineAdapters = channel.unary_unary(
+                '/whet.v1.ModelService/CombineAdapters',
+                request_serializer=whet_dot_v1_dot_model__pb2.CombineAdaptersRequest.SerializeToString,
+                response_deserializer=whet_dot_v1_dot_model__pb2.CombineAdaptersResponse.FromString,
+                _registered_method=True)
         self.ImportAdapter = channel.stream_unary(
                 '/whet.v1.ModelService/ImportAdapter',
                 request_serializer=whet_dot_v1_dot_model__pb2.ImportAdapterRequest.SerializeToString,
@@ -163,6 +178,32 @@ class ModelServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def RenameAdapter(self, request, context):
+        """Gives an adapter another name: all versions of it, with their numbers. Requests in flight keep theirs. Versions that
+        the old name gets later are numbered on from these, so a name and a number never stand for two things, and a
+        parent or source that was recorded under the old name is told under the new one. ALREADY_EXISTS if there is an
+        adapter of the new name; FAILED_PRECONDITION while a run trains one of the two or goes on from the first. A run that
+        was interrupted publishes under the name with which it began.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def PruneAdapterVersions(self, request, context):
+        """Deletes the versions of an adapter that are neither live, nor among the newest, nor needed: by a request or a job, or
+        by a run that is active or may be resumed and has no checkpoint yet.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def CombineAdapters(self, request, context):
+        """Makes a new version from several adapters of a model, live at once.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ImportAdapter(self, request_iterator, context):
         """Uploads the files of a PEFT adapter (adapter_config.json, adapter_model.safetensors) as a new version, live at
         once. One `header`, then the `chunk`s of the files that it announced.
@@ -226,6 +267,21 @@ def add_ModelServiceServicer_to_server(servicer, server):
                     servicer.DeleteAdapter,
                     request_deserializer=whet_dot_v1_dot_model__pb2.DeleteAdapterRequest.FromString,
                     response_serializer=whet_dot_v1_dot_model__pb2.DeleteAdapterResponse.SerializeToString,
+            ),
+            'RenameAdapter': grpc.unary_unary_rpc_method_handler(
+                    servicer.RenameAdapter,
+                    request_deserializer=whet_dot_v1_dot_model__pb2.RenameAdapterRequest.FromString,
+                    response_serializer=whet_dot_v1_dot_model__pb2.RenameAdapterResponse.SerializeToString,
+            ),
+            'PruneAdapterVersions': grpc.unary_unary_rpc_method_handler(
+                    servicer.PruneAdapterVersions,
+                    request_deserializer=whet_dot_v1_dot_model__pb2.PruneAdapterVersionsRequest.FromString,
+                    response_serializer=whet_dot_v1_dot_model__pb2.PruneAdapterVersionsResponse.SerializeToString,
+            ),
+            'CombineAdapters': grpc.unary_unary_rpc_method_handler(
+                    servicer.CombineAdapters,
+                    request_deserializer=whet_dot_v1_dot_model__pb2.CombineAdaptersRequest.FromString,
+                    response_serializer=whet_dot_v1_dot_model__pb2.CombineAdaptersResponse.SerializeToString,
             ),
             'ImportAdapter': grpc.stream_unary_rpc_method_handler(
                     servicer.ImportAdapter,
@@ -485,6 +541,87 @@ class ModelService:
             '/whet.v1.ModelService/DeleteAdapter',
             whet_dot_v1_dot_model__pb2.DeleteAdapterRequest.SerializeToString,
             whet_dot_v1_dot_model__pb2.DeleteAdapterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RenameAdapter(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/whet.v1.ModelService/RenameAdapter',
+            whet_dot_v1_dot_model__pb2.RenameAdapterRequest.SerializeToString,
+            whet_dot_v1_dot_model__pb2.RenameAdapterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PruneAdapterVersions(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/whet.v1.ModelService/PruneAdapterVersions',
+            whet_dot_v1_dot_model__pb2.PruneAdapterVersionsRequest.SerializeToString,
+            whet_dot_v1_dot_model__pb2.PruneAdapterVersionsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CombineAdapters(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/whet.v1.ModelService/CombineAdapters',
+            whet_dot_v1_dot_model__pb2.CombineAdaptersRequest.SerializeToString,
+            whet_dot_v1_dot_model__pb2.CombineAdaptersResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -53,6 +53,19 @@ class ModelServiceStub:
     """Frees an adapter's memory; it stays stored. Requests in flight keep it to their end."""
     DeleteAdapter: _grpc.UnaryUnaryMultiCallable[_model_pb2.DeleteAdapterRequest, _model_pb2.DeleteAdapterResponse]
     """Removes an adapter, or one version, from memory and from disk."""
+    RenameAdapter: _grpc.UnaryUnaryMultiCallable[_model_pb2.RenameAdapterRequest, _model_pb2.RenameAdapterResponse]
+    """Gives an adapter another name: all versions of it, with their numbers. Requests in flight keep theirs. Versions that
+    the old name gets later are numbered on from these, so a name and a number never stand for two things, and a
+    parent or source that was recorded under the old name is told under the new one. ALREADY_EXISTS if there is an
+    adapter of the new name; FAILED_PRECONDITION while a run trains one of the two or goes on from the first. A run that
+    was interrupted publishes under the name with which it began.
+    """
+    PruneAdapterVersions: _grpc.UnaryUnaryMultiCallable[_model_pb2.PruneAdapterVersionsRequest, _model_pb2.PruneAdapterVersionsResponse]
+    """Deletes the versions of an adapter that are neither live, nor among the newest, nor needed: by a request or a job, or
+    by a run that is active or may be resumed and has no checkpoint yet.
+    """
+    CombineAdapters: _grpc.UnaryUnaryMultiCallable[_model_pb2.CombineAdaptersRequest, _model_pb2.CombineAdaptersResponse]
+    """Makes a new version from several adapters of a model, live at once."""
     ImportAdapter: _grpc.StreamUnaryMultiCallable[_model_pb2.ImportAdapterRequest, _model_pb2.ImportAdapterResponse]
     """Uploads the files of a PEFT adapter (adapter_config.json, adapter_model.safetensors) as a new version, live at
     once. One `header`, then the `chunk`s of the files that it announced.
@@ -87,6 +100,19 @@ class ModelServiceAsyncStub(ModelServiceStub):
     """Frees an adapter's memory; it stays stored. Requests in flight keep it to their end."""
     DeleteAdapter: _aio.UnaryUnaryMultiCallable[_model_pb2.DeleteAdapterRequest, _model_pb2.DeleteAdapterResponse]  # type: ignore[assignment]
     """Removes an adapter, or one version, from memory and from disk."""
+    RenameAdapter: _aio.UnaryUnaryMultiCallable[_model_pb2.RenameAdapterRequest, _model_pb2.RenameAdapterResponse]  # type: ignore[assignment]
+    """Gives an adapter another name: all versions of it, with their numbers. Requests in flight keep theirs. Versions that
+    the old name gets later are numbered on from these, so a name and a number never stand for two things, and a
+    parent or source that was recorded under the old name is told under the new one. ALREADY_EXISTS if there is an
+    adapter of the new name; FAILED_PRECONDITION while a run trains one of the two or goes on from the first. A run that
+    was interrupted publishes under the name with which it began.
+    """
+    PruneAdapterVersions: _aio.UnaryUnaryMultiCallable[_model_pb2.PruneAdapterVersionsRequest, _model_pb2.PruneAdapterVersionsResponse]  # type: ignore[assignment]
+    """Deletes the versions of an adapter that are neither live, nor among the newest, nor needed: by a request or a job, or
+    by a run that is active or may be resumed and has no checkpoint yet.
+    """
+    CombineAdapters: _aio.UnaryUnaryMultiCallable[_model_pb2.CombineAdaptersRequest, _model_pb2.CombineAdaptersResponse]  # type: ignore[assignment]
+    """Makes a new version from several adapters of a model, live at once."""
     ImportAdapter: _aio.StreamUnaryMultiCallable[_model_pb2.ImportAdapterRequest, _model_pb2.ImportAdapterResponse]  # type: ignore[assignment]
     """Uploads the files of a PEFT adapter (adapter_config.json, adapter_model.safetensors) as a new version, live at
     once. One `header`, then the `chunk`s of the files that it announced.
@@ -172,6 +198,37 @@ class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_model_pb2.DeleteAdapterResponse, _abc.Awaitable[_model_pb2.DeleteAdapterResponse]]:
         """Removes an adapter, or one version, from memory and from disk."""
+
+    @_abc_1.abstractmethod
+    def RenameAdapter(
+        self,
+        request: _model_pb2.RenameAdapterRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_model_pb2.RenameAdapterResponse, _abc.Awaitable[_model_pb2.RenameAdapterResponse]]:
+        """Gives an adapter another name: all versions of it, with their numbers. Requests in flight keep theirs. Versions that
+        the old name gets later are numbered on from these, so a name and a number never stand for two things, and a
+        parent or source that was recorded under the old name is told under the new one. ALREADY_EXISTS if there is an
+        adapter of the new name; FAILED_PRECONDITION while a run trains one of the two or goes on from the first. A run that
+        was interrupted publishes under the name with which it began.
+        """
+
+    @_abc_1.abstractmethod
+    def PruneAdapterVersions(
+        self,
+        request: _model_pb2.PruneAdapterVersionsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_model_pb2.PruneAdapterVersionsResponse, _abc.Awaitable[_model_pb2.PruneAdapterVersionsResponse]]:
+        """Deletes the versions of an adapter that are neither live, nor among the newest, nor needed: by a request or a job, or
+        by a run that is active or may be resumed and has no checkpoint yet.
+        """
+
+    @_abc_1.abstractmethod
+    def CombineAdapters(
+        self,
+        request: _model_pb2.CombineAdaptersRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_model_pb2.CombineAdaptersResponse, _abc.Awaitable[_model_pb2.CombineAdaptersResponse]]:
+        """Makes a new version from several adapters of a model, live at once."""
 
     @_abc_1.abstractmethod
     def ImportAdapter(
