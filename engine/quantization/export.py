@@ -22,6 +22,13 @@ COPIED = (
 )
 """What a source directory may hold besides weights, configuration and tokenizer that the new one needs as well."""
 
+_CAUSAL_LM = {
+    "gemma3_text": "Gemma3ForCausalLM",
+    "qwen3_5_text": "Qwen3_5ForCausalLM",
+    "qwen3_5_moe_text": "Qwen3_5MoeForCausalLM",
+}
+"""transformers' class of the language model that a multimodal one wraps."""
+
 
 def write_config(
     directory: Path, config: ModelConfig, quantization_config: Mapping[str, Any], *, dtype: str, tied: bool
@@ -39,7 +46,7 @@ def write_config(
         values = {
             **{k: v for k, v in values.items() if k in ("bos_token_id", "eos_token_id", "pad_token_id")},
             **values["text_config"],
-            "architectures": ["Gemma3ForCausalLM"],
+            "architectures": [_CAUSAL_LM[config.model_type]],
         }
     values.pop("torch_dtype", None)  # the older name of dtype
     values |= {"model_type": config.model_type, "dtype": dtype, "quantization_config": dict(quantization_config)}

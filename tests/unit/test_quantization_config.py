@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import copy
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 from compressed_tensors.quantization import QuantizationConfig
 
 from engine.errors import FormatError, InvalidArgumentError
+from engine.loading.hf_config import model_config
 from engine.quantization.base import UNQUANTIZED, scheme_map
 from engine.quantization.compressed_tensors import quantization_config
+from engine.quantization.export import write_config
 from engine.quantization.int4 import Int4Grouped
 from engine.quantization.int8 import Int8PerChannel
 
@@ -114,3 +118,19 @@ def test_quantized_activations_and_other_formats_are_refused() -> None:
         scheme_map(config)
     with pytest.raises(InvalidArgumentError, match="gptq"):
         scheme_map({"quant_method": "gptq"})
+
+
+@pytest.mark.parametrize("outer", ["Gemma3Config", "Qwen3_5Config", "Qwen3_5MoeConfig"])
+def test_a_wrapped_language_model_is_written_as_itself(tmp_path: Path, outer: str) -> None:
+    """Its class in transformers is the causal one of its own family, and its own keys are kept."""
+    import transformers
+
+    raw = json.loads(getattr(transformers, outer)().to_json_string(use_diff=False))
+    raw["text_config"]["mtp_num_hidden_layers"] = 1
+    config = model_config(raw, "config.json")
+    write_config(tmp_path, config, {"quant_method": "compressed-tensors"}, dtype="bfloat16", tied=False)
+    written = json.loads((tmp_path / "config.json").read_text())
+    [name] = written["architectures"]
+    assert getattr(transformers, name).config_class.model_type == written["model_type"] == config.model_type
+    assert written["mtp_num_hidden_layers"] == 1
+    assert "text_config" not in written
