@@ -4,12 +4,13 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: help env install demo test check bench proto docs format clean
+.PHONY: help env install demo test check bench proto docs format tiny-hybrid clean
 help:
 	@echo "make demo    run everything once on a real model: chat, LoRA, perplexity, quantization, embeddings"
 	@echo "make test    run the tests"
 	@echo "make check   ruff, mypy, import-linter, proto lint, freshness of the stubs, Dockerfile lint"
 	@echo "make bench   measure; one JSON line a measure"
+	@echo "make tiny-hybrid  train tests/models/tiny-hybrid anew, in about an hour of one core"
 	@echo "make env     make $(VENV) with everything pinned by constraints.txt"
 	@echo "make proto   regenerate the gRPC stubs"
 	@echo "make docs    regenerate docs/configuration.md"
@@ -62,6 +63,9 @@ docs: env
 
 bench: env
 	$(BIN)/python -m tests.bench
+
+tiny-hybrid: env
+	$(BIN)/python -m scripts.tiny_hybrid
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info client/*.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

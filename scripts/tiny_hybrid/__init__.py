@@ -1,0 +1,1 @@
+"""Trains the small hybrid of tests and demos: tests/models/tiny-hybrid."""
