@@ -22,6 +22,11 @@ class LoRADelta(Protocol):
         """y plus the low-rank update of module ``name`` for input x; both [T, ·]."""
         ...
 
+    def add_grouped(self, name: str, x: Tensor, y: Tensor, tokens: Tensor, counts: Tensor) -> Tensor:
+        """y plus the low-rank updates of the stacked experts ``name`` for rows x sorted by expert; both [M, ·].
+        ``tokens`` [M] tells the token of each row, ``counts`` [E] the rows of each expert."""
+        ...
+
 
 class LayerRunner(Protocol):
     """How a decoder layer is run (engine.training.recompute)."""

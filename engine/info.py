@@ -20,6 +20,7 @@ class ModelInfo:
         num_slots: of recurrent state, for sequences and checkpoints; 0 where there is none.
         kv_cache_bytes: of the attention cache. state_bytes: of the recurrent states.
         linear_modules: last name components that LoRA may target.
+        expert_parameters: names within a layer of parameters that stack experts, which LoRA may target, too.
         weights_digest: identifies the base weights, for adapter lineage.
         tokenizer_path: directory or .gguf file that holds tokenizer and chat template.
         embedding_dimensions: width of embeddings from this model.
@@ -50,6 +51,7 @@ class ModelInfo:
     num_slots: int = 0
     state_bytes: int = 0
     num_mtp_layers: int = 0
+    expert_parameters: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,6 +71,7 @@ class AdapterInfo:
         version: from 1, ascending; 0 for an adapter that was loaded from a directory and never stored.
         live: new requests that name no version get this one.
         loaded: resident in memory.
+        target_modules, target_parameters: what PEFT calls the linear modules, and the parameters that stack experts.
         path: PEFT directory of this version.
         created_at: seconds since the epoch; None if not known.
         run_id: of the training run that made it, or "".
@@ -101,6 +104,7 @@ class AdapterInfo:
     sources: list[AdapterSource] = field(default_factory=list)
     combination: str = ""
     forced: bool = False
+    target_parameters: list[str] = field(default_factory=list)
 
 
 @dataclass(slots=True, kw_only=True)

@@ -45,7 +45,9 @@ class LoRAParams:
 
     Attributes:
         alpha: the update is scaled by alpha / rank, or alpha / sqrt(rank) with use_rslora.
-        target_modules: last name components ("q_proj"); empty: all linear modules of attention and MLP.
+        target_modules: last name components ("q_proj"), or ["all-linear"]; empty: all linear modules of attention and
+            MLP, or none where target_parameters are given.
+        target_parameters: ends of names of parameters that stack experts ("mlp.experts.down_proj"). Not with dropout.
         layers: indices of the layers to adapt; empty: all (PEFT's layers_to_transform).
     """
 
@@ -54,6 +56,7 @@ class LoRAParams:
     dropout: float = 0.0
     use_rslora: bool = False
     target_modules: list[str] = field(default_factory=list)
+    target_parameters: list[str] = field(default_factory=list)
     layers: list[int] = field(default_factory=list)
 
 
@@ -156,6 +159,7 @@ class TrainStarted:
     total_steps: int
     resumed_from_step: int
     forward_difference: float
+    target_parameters: list[str] = field(default_factory=list)
 
 
 @dataclass(slots=True, kw_only=True)

@@ -141,16 +141,25 @@ def from_lora(message: training_pb2.LoRAConfig, info: ModelInfo, config: ServerC
     lora = LoRAParams(
         **_numbers(message, ("rank", "alpha", "dropout", "use_rslora")),
         target_modules=list(message.target_modules),
+        target_parameters=list(message.target_parameters),
         layers=list(message.layers),
     )
     integer(lora.rank, "lora.rank", 1, config.max_lora_rank)
     number(lora.alpha, "lora.alpha", 0.0, 1e6, low_open=True)
     number(lora.dropout, "lora.dropout", 0.0, 1.0, high_open=True)
     for module in lora.target_modules:
-        if module not in info.linear_modules:
-            raise reject("lora.target_modules", module, f"{', '.join(info.linear_modules)}")
-    if len(set(lora.target_modules)) != len(lora.target_modules):
-        raise reject("lora.target_modules", ", ".join(lora.target_modules), "each module once")
+        if module not in info.linear_modules and lora.target_modules != ["all-linear"]:
+            raise reject("lora.target_modules", module, f"{', '.join(info.linear_modules)}, or all-linear alone")
+    for parameter in lora.target_parameters:
+        if not any(name == parameter or name.endswith(f".{parameter}") for name in info.expert_parameters):
+            accepted = ", ".join(info.expert_parameters) or "none, since the model has no stacked experts"
+            raise reject("lora.target_parameters", parameter, accepted)
+    if lora.target_parameters and lora.dropout:
+        raise reject("lora.dropout", lora.dropout, "0 with target_parameters, as in PEFT")
+    for name in ("target_modules", "target_parameters"):
+        given = getattr(lora, name)
+        if len(set(given)) != len(given):
+            raise reject(f"lora.{name}", ", ".join(given), "each name once")
     for layer in lora.layers:
         integer(layer, "lora.layers", 0, info.num_layers - 1)
     if len(set(lora.layers)) != len(lora.layers):
@@ -434,6 +443,7 @@ def _to_started(event: TrainStarted, run: RunRecord) -> training_pb2.RunStarted:
         num_trainable_parameters=event.num_trainable_parameters,
         dataset=dataset,
         target_modules=event.target_modules,
+        target_parameters=event.target_parameters,
         total_steps=event.total_steps,
         resumed_from_step=event.resumed_from_step,
         forward_difference=event.forward_difference,

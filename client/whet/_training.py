@@ -27,7 +27,7 @@ from whet.options import AdaptOptions, LoRAOptions, TrainOptions
 from whet.types import Adaptation, Prompt, RunError, RunInfo
 from whet.v1 import training_pb2
 
-_LORA = ("rank", "alpha", "dropout", "use_rslora", "target_modules", "layers")
+_LORA = ("rank", "alpha", "dropout", "use_rslora", "target_modules", "target_parameters", "layers")
 _PARAMS = (
     "learning_rate", "eps", "momentum", "weight_decay", "warmup_steps", "max_grad_norm", "batch_size",
     "gradient_accumulation_steps", "max_steps", "epochs", "max_seq_len", "packing", "shuffle", "seed", "eval_every",
@@ -198,7 +198,7 @@ def _from_config(config: training_pb2.TrainConfig) -> dict[str, Any]:
         options["init_adapter_version"] = optional(config.init_adapter, "version")
     for message, names in ((config.lora, _LORA), (config.params, _PARAMS), (config, ("eval_fraction",))):
         for name in names:
-            if name in ("target_modules", "layers"):
+            if name in ("target_modules", "target_parameters", "layers"):
                 options[name] = list(getattr(message, name)) or None
             else:
                 options[name] = optional(message, name)
@@ -347,6 +347,7 @@ def _from_started(started: training_pb2.RunStarted, common: dict[str, Any]) -> e
         ],
         num_truncated=dataset.num_truncated,
         target_modules=list(started.target_modules),
+        target_parameters=list(started.target_parameters),
         total_steps=started.total_steps,
         resumed_from_step=started.resumed_from_step,
         forward_difference=optional(started, "forward_difference"),

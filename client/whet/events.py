@@ -52,6 +52,7 @@ class RunStarted(Event):
     rejected: list[RejectedExample]
     num_truncated: int
     target_modules: list[str]
+    target_parameters: list[str]
     total_steps: int
     resumed_from_step: int
     forward_difference: float | None

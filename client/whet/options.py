@@ -71,7 +71,10 @@ class LoRAOptions(TypedDict, total=False):
     Attributes:
         rank: default: 8.
         alpha: the update is scaled by alpha / rank, or by alpha / sqrt(rank) with use_rslora. Default: 16.
-        target_modules: last name components of linear modules; default: all of attention and MLP.
+        target_modules: last name components of linear modules, or ["all-linear"]; default: all of attention and MLP,
+            or none where target_parameters are given.
+        target_parameters: of a mixture of experts, as ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"], to adapt
+            the routed experts, each by an update of its own. Not with dropout. Default: none.
         layers: indices of the layers to adapt; default: all.
     """
 
@@ -80,6 +83,7 @@ class LoRAOptions(TypedDict, total=False):
     dropout: float | None
     use_rslora: bool | None
     target_modules: Sequence[str] | None
+    target_parameters: Sequence[str] | None
     layers: Sequence[int] | None
 
 

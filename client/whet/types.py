@@ -275,6 +275,7 @@ class ModelInfo:
         num_slots, state_bytes: of recurrent state; 0 for models without.
         num_mtp_layers: of its head for multi-token prediction, kept for drafting; 0 where there is none.
         linear_modules: last name components that LoRA may target.
+        expert_parameters: names that target_parameters may have; empty for models without routed experts.
         weights_digest: identifies the base weights.
         has_chat_template: it can be given chat messages.
     """
@@ -299,6 +300,7 @@ class ModelInfo:
     state_bytes: int | None = None
     num_mtp_layers: int | None = None
     linear_modules: list[str] | None = None
+    expert_parameters: list[str] | None = None
     weights_digest: str | None = None
     embedding_dimensions: int | None = None
     device: str | None = None
@@ -360,6 +362,7 @@ class AdapterInfo:
     alpha: float
     use_rslora: bool
     target_modules: list[str]
+    target_parameters: list[str]
     num_parameters: int
     created_at: datetime.datetime | None
     run_id: str

@@ -16,6 +16,7 @@ from engine.info import ModelInfo
 from engine.layers.linear import Embedding, Linear
 from engine.loading import Checkpoint, load_weights, open_checkpoint
 from engine.lora.store import AdapterStore
+from engine.lora.targets import module_kinds, parameter_kinds, parameter_names
 from engine.models.base import CausalLM, Model, build_model
 from engine.quantization.base import scheme_map
 
@@ -116,7 +117,8 @@ def _info(
         num_blocks=0,
         block_size=0,
         kv_cache_bytes=0,
-        linear_modules=sorted({linear.rsplit(".", 1)[-1] for linear in model.linears()}),
+        linear_modules=module_kinds(model.linears()),
+        expert_parameters=parameter_kinds(parameter_names(model.lora_targets())),
         weights_digest=checkpoint.digest(),
         tokenizer_path=str(checkpoint.path),
         embedding_dimensions=config.hidden_size,

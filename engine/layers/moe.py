@@ -15,6 +15,7 @@ from engine.context import ForwardContext
 from engine.layers.linear import Linear
 from engine.layers.mlp import GatedMLP, activation
 from engine.layers.norm import widen
+from engine.lora.targets import StackedTarget
 from engine.ops.moe import grouped_linear
 from engine.quantization.base import SchemeMap
 
@@ -44,10 +45,25 @@ class Router(nn.Module):
 
 
 class Experts(nn.Module):
-    """The routed experts' weights, stacked: gate_up_proj [E, 2 I, D] (gate above up), down_proj [E, D, I]."""
+    """The routed experts' weights, stacked: gate_up_proj [E, 2 I, D] (gate above up), down_proj [E, D, I].
 
-    def __init__(self, config: ModelConfig, num_experts: int, width: int, dtype: torch.dtype) -> None:
+    Args:
+        name: full module name, prefix of the parameters' names as adapters know them.
+        lora: whether adapters may target it.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        name: str,
+        num_experts: int,
+        width: int,
+        dtype: torch.dtype,
+        lora: bool = True,
+    ) -> None:
         super().__init__()
+        self.name = name
+        self.lora = lora
         gate_up = torch.empty(num_experts, 2 * width, config.hidden_size, dtype=dtype)
         self.gate_up_proj = nn.Parameter(gate_up, requires_grad=False)
         down = torch.empty(num_experts, config.hidden_size, width, dtype=dtype)
@@ -55,14 +71,27 @@ class Experts(nn.Module):
         self.num_experts = num_experts
         self.act = activation(config.hidden_act)
 
-    def forward(self, x: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
+    def lora_targets(self) -> dict[str, StackedTarget]:
+        """Full parameter name to shape of what adapters may target, in the order of the module's parameters."""
+        shapes = {name: parameter.shape for name, parameter in self.named_parameters(recurse=False)}
+        return {f"{self.name}.{name}": StackedTarget(e, i, o) for name, (e, o, i) in shapes.items()}
+
+    def _project(self, name: str, x: Tensor, tokens: Tensor, counts: Tensor, ctx: ForwardContext) -> Tensor:
+        """Rows x [M, ·], sorted by expert, through one of the parameters, with the updates of the batch's adapters."""
+        y = grouped_linear(x, getattr(self, name), counts)
+        if ctx.lora is not None and self.lora:
+            y = ctx.lora.add_grouped(f"{self.name}.{name}", x, y, tokens, counts)
+        return y
+
+    def forward(self, x: Tensor, weights: Tensor, experts: Tensor, ctx: ForwardContext) -> Tensor:
         """x [T, D], weights and experts [T, K]: [T, D]."""
         num_tokens, top_k = experts.shape
         # Pairs of token and expert, sorted by expert, so that each expert's are one product.
         order = experts.flatten().argsort(stable=True)
         counts = torch.bincount(experts.flatten(), minlength=self.num_experts)
-        gate, up = grouped_linear(x[order // top_k], self.gate_up_proj, counts).chunk(2, dim=-1)
-        out = grouped_linear(self.act(gate) * up, self.down_proj, counts)
+        tokens = order // top_k
+        gate, up = self._project("gate_up_proj", x[tokens], tokens, counts, ctx).chunk(2, dim=-1)
+        out = self._project("down_proj", self.act(gate) * up, tokens, counts, ctx)
         # Back in the order of tokens, so that a token's sum does not depend on what else is in the batch.
         out = torch.empty_like(out).index_copy(0, order, out).view(num_tokens, top_k, -1)
         return (out * weights[..., None]).sum(dim=1)
@@ -80,7 +109,7 @@ class SparseMoE(nn.Module):
         moe = config.moe
         assert moe is not None
         self.gate = Router(config.hidden_size, moe.num_experts, moe.num_experts_per_token, moe.normalize_top_k, dtype)
-        self.experts = Experts(config, moe.num_experts, moe.intermediate_size, dtype)
+        self.experts = Experts(config, f"{name}.experts", moe.num_experts, moe.intermediate_size, dtype)
         self.shared_expert = GatedMLP(
             config, f"{name}.shared_expert", schemes, dtype, intermediate_size=moe.shared_intermediate_size
         )
@@ -93,4 +122,4 @@ class SparseMoE(nn.Module):
         """x [T, D]: [T, D]."""
         weights, experts = self.gate(x)
         shared = self.shared_expert_gate(x, ctx).sigmoid() * self.shared_expert(x, ctx)
-        return self.experts(x, weights, experts) + shared  # type: ignore[no-any-return]
+        return self.experts(x, weights, experts, ctx) + shared  # type: ignore[no-any-return]

@@ -1,6 +1,6 @@
 """Adapters in memory, and the adapters of one batch.
 
-Shapes: r rank, I in_features, O out_features, T tokens.
+Shapes: r rank, I in_features, O out_features, T tokens; E experts, M pairs of token and expert, sorted by expert.
 """
 
 from __future__ import annotations
@@ -13,13 +13,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from engine.ops.moe import grouped_linear
+
 
 @dataclass(slots=True)
 class Adapter:
     """Low-rank updates of some linear modules (arXiv:2106.09685). In training, A and B are the float32 masters.
 
     Attributes:
-        modules: full module name ("model.layers.0.self_attn.q_proj") to (A [r, I], B [O, r]).
+        modules: full module name ("model.layers.0.self_attn.q_proj") to (A [r, I], B [O, r]); of experts stacked in
+            one parameter, its name ("model.layers.0.mlp.experts.down_proj") to (A [E, r, I], B [E, O, r]).
         alpha: read from the adapter's own configuration; never assumed equal to the rank.
         use_rslora: scale by alpha / sqrt(r) (arXiv:2312.03732) in place of alpha / r.
         dropout: probability on the input of A; only a trainer sets it.
@@ -35,13 +38,22 @@ class Adapter:
     dropout: float = 0.0
     alphas: dict[str, float] = field(default_factory=dict)
 
+    def rank_of(self, name: str) -> int:
+        """Rank of that module's update."""
+        return self.modules[name][0].shape[-2]
+
     def scaling(self, name: str) -> float:
         """What B A x of that module is multiplied by."""
-        rank = self.modules[name][0].shape[0]
+        rank = self.rank_of(name)
         return self.alphas.get(name, self.alpha) / (math.sqrt(rank) if self.use_rslora else rank)
 
     def num_parameters(self) -> int:
         return sum(a.numel() + b.numel() for a, b in self.modules.values())
+
+    def delta_weight(self, name: str) -> Tensor:
+        """What that module's update adds to its weight, scaling * B A, in the type of B: [O, I], or [E, O, I]."""
+        a, b = self.modules[name]
+        return b @ a * self.scaling(name)
 
     def delta(self, name: str, x: Tensor, generator: torch.Generator | None = None) -> Tensor | None:
         """scaling * B A x for x [T, I]: [T, O], in the type of x; None where this module has no update."""
@@ -53,6 +65,17 @@ class Adapter:
             keep = torch.empty_like(x).bernoulli_(1.0 - self.dropout, generator=generator)
             x = x * keep / (1.0 - self.dropout)
         return F.linear(F.linear(x, a.to(x.dtype)), b.to(x.dtype)) * self.scaling(name)
+
+    def delta_grouped(self, name: str, x: Tensor, counts: Tensor) -> Tensor | None:
+        """scaling * B[e] A[e] x of stacked experts for rows x [M, I], counts [E] of each expert: [M, O]; None where
+        they have no update. Without dropout, as in PEFT, which refuses it here."""
+        pair = self.modules.get(name)
+        if pair is None:
+            return None
+        assert self.dropout == 0.0
+        a, b = pair
+        low = grouped_linear(x, a.to(x.dtype), counts)
+        return grouped_linear(low, b.to(low.dtype), counts) * self.scaling(name)
 
 
 class LoRABatch:
@@ -85,4 +108,35 @@ class LoRABatch:
             delta = adapter.delta(name, x[start:end], self._generator)
             if delta is not None:
                 y[start:end] += delta
+        return y
+
+    def add_grouped(self, name: str, x: Tensor, y: Tensor, tokens: Tensor, counts: Tensor) -> Tensor:
+        """y [M, O] plus the updates of stacked experts for x [M, I].
+
+        Each adapter's rows are one grouped product, in which a row's sums are those that it has alone.
+
+        Args:
+            tokens: [M] int64, the token that each row is of.
+            counts: [E] int64, rows of each expert; they sum to M.
+        """
+        if self._whole:
+            delta = self._segments[0][0].delta_grouped(name, x, counts)
+            return y if delta is None else y + delta
+        spans: dict[int, tuple[Adapter, list[tuple[int, int]]]] = {}
+        for adapter, start, end in self._segments:
+            if name in adapter.modules:
+                spans.setdefault(id(adapter), (adapter, []))[1].append((start, end))
+        if not spans:
+            return y
+        experts = torch.repeat_interleave(counts, output_size=len(tokens))
+        if torch.is_grad_enabled():
+            y = y.clone()
+        for adapter, ranges in spans.values():
+            chosen = torch.zeros_like(tokens, dtype=torch.bool)
+            for start, end in ranges:
+                chosen |= (tokens >= start) & (tokens < end)
+            rows = chosen.nonzero().flatten()
+            delta = adapter.delta_grouped(name, x[rows], torch.bincount(experts[rows], minlength=len(counts)))
+            assert delta is not None
+            y.index_add_(0, rows, delta.to(y.dtype))
         return y

@@ -93,7 +93,7 @@ def combine(name: str, adapters: Weighted, method: str, *, max_rank: int = MAX_R
     for module in dict.fromkeys(module for adapter, _ in adapters for module in adapter.modules):
         having = [(adapter, weight) for adapter, weight in adapters if module in adapter.modules]
         modules[module] = _cat(module, having, max_rank) if method == "cat" else _linear(module, having)
-    ranks = {module: a.shape[0] for module, (a, _) in modules.items()}
+    ranks = {module: a.shape[-2] for module, (a, _) in modules.items()}
     rank = max(ranks.values())
     # alpha / rank is 1 in every module, whatever its rank.
     alphas = {module: float(own) for module, own in ranks.items() if own != rank}
@@ -101,19 +101,22 @@ def combine(name: str, adapters: Weighted, method: str, *, max_rank: int = MAX_R
 
 
 def _cat(module: str, adapters: Weighted, max_rank: int) -> tuple[Tensor, Tensor]:
-    a = torch.cat([adapter.modules[module][0] * (weight * adapter.scaling(module)) for adapter, weight in adapters])
-    if a.shape[0] > max_rank:
+    # From the back, since the factors of stacked experts have a dimension before these.
+    a = torch.cat(
+        [adapter.modules[module][0] * (weight * adapter.scaling(module)) for adapter, weight in adapters], dim=-2
+    )
+    if a.shape[-2] > max_rank:
         raise InvalidArgumentError(
-            f"sources have ranks {_ranks(module, adapters)} in {module}, together {a.shape[0]}; accepted: at most "
+            f"sources have ranks {_ranks(module, adapters)} in {module}, together {a.shape[-2]}; accepted: at most "
             f"{max_rank}",
             field="sources",
             reason="LIMIT_EXCEEDED",
         )
-    return a, torch.cat([adapter.modules[module][1] for adapter, _ in adapters], dim=1)
+    return a, torch.cat([adapter.modules[module][1] for adapter, _ in adapters], dim=-1)
 
 
 def _linear(module: str, adapters: Weighted) -> tuple[Tensor, Tensor]:
-    if len({adapter.modules[module][0].shape[0] for adapter, _ in adapters}) > 1:
+    if len({adapter.rank_of(module) for adapter, _ in adapters}) > 1:
         raise InvalidArgumentError(
             f"sources have ranks {_ranks(module, adapters)} in {module}; accepted with method linear: equal ones, or "
             "method cat",
@@ -129,4 +132,4 @@ def _linear(module: str, adapters: Weighted) -> tuple[Tensor, Tensor]:
 
 
 def _ranks(module: str, adapters: Weighted) -> str:
-    return ", ".join(str(adapter.modules[module][0].shape[0]) for adapter, _ in adapters)
+    return ", ".join(str(adapter.rank_of(module)) for adapter, _ in adapters)

@@ -16,7 +16,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -25,6 +25,19 @@ from torch import Tensor
 
 from engine.errors import EngineError, FormatError, NotFoundError, ShapeError
 from engine.lora.adapter import Adapter
+from engine.lora.targets import (
+    LinearLike,
+    StackedTarget,
+    describe_parameters,
+    describe_targets,
+    ends_with,
+    layer_index,
+    linear_names,
+    module_kinds,
+    parameter_kinds,
+    parameter_names,
+    stored_paths,
+)
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -40,30 +53,26 @@ T = TypeVar("T")
 
 _PREFIX = "base_model.model."
 _TENSOR = re.compile(r"base_model\.model\.(?P<module>.+)\.(?P<factor>lora_A|lora_B)\.weight")
-_LAYER = re.compile(r"(?:^|\.)(?:layers|layer|h|blocks)\.(\d+)\.")
 _LITERAL = re.compile(r"\^?[A-Za-z0-9_.\-]+")
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
 
 _READ = {
     "alpha_pattern", "bias", "exclude_modules", "init_lora_weights", "layers_pattern", "layers_to_transform",
-    "lora_alpha", "lora_dropout", "peft_type", "r", "rank_pattern", "target_modules", "use_rslora",
+    "lora_alpha", "lora_dropout", "peft_type", "peft_version", "r", "rank_pattern", "target_modules",
+    "target_parameters", "use_rslora",
 }  # fmt: skip
 _NEUTRAL = {
     "auto_mapping", "base_model_name_or_path", "corda_config", "ensure_weight_tying", "eva_config", "fan_in_fan_out",
-    "inference_mode", "loftq_config", "lora_ga_config", "megatron_config", "megatron_core", "peft_version",
-    "qalora_group_size", "revision", "runtime_config", "task_type",
+    "inference_mode", "loftq_config", "lora_ga_config", "megatron_config", "megatron_core", "qalora_group_size",
+    "revision", "runtime_config", "task_type",
 }  # fmt: skip
 """Keys that say where an adapter came from, or settings of variants that have a switch of their own."""
 
+STACKED_SINCE = (0, 19, 0)
+"""The version of PEFT that first laid out the factors of stacked experts as today: A of the input, B of the output."""
+
 _BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Initialisations that also change the base weights, so that A and B mean nothing over the original ones."""
-
-
-class LinearLike(Protocol):
-    """What is asked of a linear module."""
-
-    in_features: int
-    out_features: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,8 +81,9 @@ class PeftConfig:
 
     Attributes:
         target_modules: last components or full names; None where PEFT's regular expression stands: the tensors tell.
-        layers: PEFT's layers_to_transform; empty: all.
-        rank_pattern, alpha_pattern: module name or its end, to what differs there.
+        target_parameters: ends of names, or full names, of parameters that hold stacked experts.
+        layers: PEFT's layers_to_transform, of target_modules; empty: all.
+        rank_pattern, alpha_pattern: target's name or its end, to what differs there.
         exclude_modules: whether some were excluded, so that not every target needs tensors.
     """
 
@@ -82,6 +92,7 @@ class PeftConfig:
     use_rslora: bool
     dropout: float
     target_modules: tuple[str, ...] | None
+    target_parameters: tuple[str, ...] = ()
     layers: tuple[int, ...] = ()
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
@@ -96,28 +107,22 @@ class PeftConfig:
         return _matching(self.alpha_pattern, module, self.alpha)
 
     def targets(self, module: str) -> bool:
-        """Whether the configuration says that this module has an update; True where it cannot be told."""
+        """Whether the configuration says that this linear module has an update; True where it cannot be told."""
         if self.target_modules is None:
             return True
-        if not any(_ends_with(module, target) for target in self.target_modules):
+        if not any(ends_with(module, target) for target in self.target_modules):
             return False
         return not self.layers or layer_index(module) in self.layers
 
-
-def layer_index(module: str) -> int | None:
-    """Index of the layer that a module belongs to."""
-    match = _LAYER.search(module)
-    return None if match is None else int(match[1])
-
-
-def _ends_with(module: str, target: str) -> bool:
-    return module == target or module.endswith(f".{target}")
+    def targets_parameter(self, name: str) -> bool:
+        """Whether the configuration says that this parameter has an update."""
+        return any(ends_with(name, target) for target in self.target_parameters)
 
 
 def _matching(pattern: Mapping[str, T], module: str, default: T) -> T:
     # As in PEFT, the first key that matches holds. "^" anchors it at the beginning.
     for key, value in pattern.items():
-        if module == key[1:] if key.startswith("^") else _ends_with(module, key):
+        if module == key[1:] if key.startswith("^") else ends_with(module, key):
             return value
     return default
 
@@ -167,12 +172,20 @@ def parse_config(values: Mapping[str, Any]) -> PeftConfig:
     use_rslora = values.get("use_rslora", False)
     if not isinstance(use_rslora, bool):
         _reject("use_rslora", use_rslora, "true or false")
+    parameters = _target_parameters(values.get("target_parameters"))
+    dropout = _dropout(values.get("lora_dropout", 0.0))
+    if parameters and dropout:
+        _reject("lora_dropout", dropout, "0 with target_parameters, as in PEFT")
+    if parameters and not _is_since(values.get("peft_version"), STACKED_SINCE):
+        accepted = f"{_dotted(STACKED_SINCE)} or later with target_parameters, whose factors were laid out otherwise"
+        _reject("peft_version", values.get("peft_version"), accepted)
     return PeftConfig(
         rank=_rank("r", values.get("r")),
         alpha=_alpha("lora_alpha", values.get("lora_alpha")),
         use_rslora=use_rslora,
-        dropout=_dropout(values.get("lora_dropout", 0.0)),
-        target_modules=_target_modules(values.get("target_modules")),
+        dropout=dropout,
+        target_modules=_target_modules(values.get("target_modules"), optional=bool(parameters)),
+        target_parameters=parameters,
         layers=_layers(values),
         rank_pattern={k: _rank(f"rank_pattern.{k}", v) for k, v in _pattern("rank_pattern", values).items()},
         alpha_pattern={k: _alpha(f"alpha_pattern.{k}", v) for k, v in _pattern("alpha_pattern", values).items()},
@@ -202,11 +215,30 @@ def _dropout(value: Any) -> float:
     return float(value)
 
 
-def _target_modules(value: Any) -> tuple[str, ...] | None:
+def _target_modules(value: Any, *, optional: bool) -> tuple[str, ...] | None:
     if isinstance(value, str):
         return None  # a regular expression of the file's author: never run, the tensors tell
+    if optional and (value is None or value == []):
+        return ()
     if not isinstance(value, list) or not value or not all(isinstance(item, str) and item for item in value):
         _reject("target_modules", value, "a list of module names")
+    return tuple(value)
+
+
+def _is_since(version: Any, first: tuple[int, ...]) -> bool:
+    match = re.match(r"(\d+)\.(\d+)", version) if isinstance(version, str) else None
+    return match is not None and (int(match[1]), int(match[2])) >= first[:2]
+
+
+def _dotted(version: tuple[int, ...]) -> str:
+    return ".".join(map(str, version))
+
+
+def _target_parameters(value: Any) -> tuple[str, ...]:
+    if value is None:
+        return ()
+    if not isinstance(value, list) or not all(isinstance(item, str) and item for item in value):
+        _reject("target_parameters", value, "a list of parameter names")
     return tuple(value)
 
 
@@ -232,7 +264,7 @@ def _pattern(key: str, values: Mapping[str, Any]) -> dict[str, Any]:
 
 def load_adapter(
     directory: Path,
-    linears: Mapping[str, LinearLike],
+    targets: Mapping[str, LinearLike],
     *,
     name: str,
     version: int = 0,
@@ -242,23 +274,23 @@ def load_adapter(
     """Reads an adapter and checks it against the model.
 
     Args:
-        linears: full module name to the linear modules that adapters may target.
+        targets: full name to everything that adapters may target.
         dtype: of A and B in memory; None: as stored.
     Raises:
         NotFoundError: a file is missing.
         FormatError: a file is malformed, or asks for what is not supported; names the key or tensor.
-        ShapeError: a tensor has another shape than the module and the rank require.
+        ShapeError: a tensor has another shape than the target and the rank require.
     """
     config = read_config(directory)
     tensors = _read_tensors(directory / WEIGHTS_NAME, device, dtype)
-    modules = _pair(tensors, linears, config)
+    modules = _pair(tensors, targets, config)
     adapter = Adapter(
         name=name,
         version=version,
         rank=config.rank,
         alpha=config.alpha,
         use_rslora=config.use_rslora,
-        modules={module: modules[module] for module in linears if module in modules},
+        modules={target: modules[target] for target in targets if target in modules},
     )
     adapter.alphas = {m: alpha for m in adapter.modules if (alpha := config.alpha_of(m)) != config.alpha}
     return adapter
@@ -287,61 +319,115 @@ def _read_tensors(path: Path, device: torch.device | str, dtype: torch.dtype | N
     return tensors
 
 
-def _pair(
-    tensors: Mapping[str, Tensor], linears: Mapping[str, LinearLike], config: PeftConfig
-) -> dict[str, tuple[Tensor, Tensor]]:
-    """A and B of each module, checked."""
-    factors: dict[str, dict[str, Tensor]] = {}
-    for tensor_name, value in tensors.items():
+def adapted_targets(
+    tensor_names: Iterable[str], targets: Mapping[str, LinearLike], config: PeftConfig
+) -> dict[str, tuple[str, str]]:
+    """Tensor name to the target that it is of, and to which factor: "lora_A" or "lora_B".
+
+    Raises:
+        FormatError: a tensor is of no target of the model, or of one that the configuration leaves out.
+    """
+    stacked = [name for name in parameter_names(targets) if config.targets_parameter(name)]
+    paths = {path: name for name, path in stored_paths([*linear_names(targets), *stacked], targets).items()}
+    found = {}
+    for tensor_name in tensor_names:
         match = _TENSOR.fullmatch(tensor_name)
         if match is None:
             raise FormatError(
                 f"{WEIGHTS_NAME}: tensor {tensor_name!r} is no low-rank factor; accepted: "
                 f"{_PREFIX}<module>.lora_A.weight and …lora_B.weight"
             )
-        module = match["module"]
-        if module not in linears:
+        path = match["module"]
+        target = paths.get(path)
+        if target is None:
+            wrapped = path.removesuffix(".base_layer")
+            if any(name.rpartition(".")[0] == wrapped for name in parameter_names(targets)):
+                raise FormatError(
+                    f"{WEIGHTS_NAME}: tensor {tensor_name!r} is for a parameter of {wrapped!r} beyond those that "
+                    f"target_parameters of {CONFIG_NAME} has: {', '.join(config.target_parameters) or 'none'}"
+                )
             raise FormatError(
-                f"{WEIGHTS_NAME}: tensor {tensor_name!r} is for {module!r}, which is no adaptable linear module of the "
-                f"model; accepted: {_some(linears)}"
+                f"{WEIGHTS_NAME}: tensor {tensor_name!r} is for {path!r}, which is no adaptable linear module of the "
+                f"model; accepted: {_some(linear_names(targets))}"
             )
-        if not config.targets(module):
+        if not isinstance(targets[target], StackedTarget) and not config.targets(target):
             raise FormatError(
-                f"{WEIGHTS_NAME}: tensor {tensor_name!r} is for {module!r}, which target_modules and "
+                f"{WEIGHTS_NAME}: tensor {tensor_name!r} is for {target!r}, which target_modules and "
                 f"layers_to_transform of {CONFIG_NAME} leave out"
             )
-        linear, rank = linears[module], config.rank_of(module)
-        expected = (rank, linear.in_features) if match["factor"] == "lora_A" else (linear.out_features, rank)
+        found[tensor_name] = (target, match["factor"])
+    return found
+
+
+def _pair(
+    tensors: Mapping[str, Tensor], targets: Mapping[str, LinearLike], config: PeftConfig
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """A and B of each target, checked, in the shapes of Adapter.modules."""
+    factors: dict[str, dict[str, Tensor]] = {}
+    for tensor_name, (name, factor) in adapted_targets(tensors, targets, config).items():
+        target, rank, value = targets[name], config.rank_of(name), tensors[tensor_name]
+        rows = rank * target.num_experts if isinstance(target, StackedTarget) else rank
+        expected = (rows, target.in_features) if factor == "lora_A" else (target.out_features, rows)
         if tuple(value.shape) != expected:
             raise ShapeError(
                 f"{WEIGHTS_NAME}: tensor {tensor_name!r} has shape {list(value.shape)}; accepted: {list(expected)}"
             )
-        factors.setdefault(module, {})[match["factor"]] = value
-    for module, pair in factors.items():
+        if isinstance(target, StackedTarget):
+            value = unstack(factor, value, target.num_experts)
+        factors.setdefault(name, {})[factor] = value
+    paths = stored_paths(factors, targets)
+    for name, pair in factors.items():
         for factor in ("lora_A", "lora_B"):
             if factor not in pair:
-                raise FormatError(f"{WEIGHTS_NAME}: lacks tensor '{_PREFIX}{module}.{factor}.weight'")
+                raise FormatError(f"{WEIGHTS_NAME}: lacks tensor '{_PREFIX}{paths[name]}.{factor}.weight'")
     if not factors:
         raise FormatError(f"{WEIGHTS_NAME}: holds no tensors; accepted: at least one module's")
-    _check_complete(factors, linears, config)
-    return {module: (pair["lora_A"], pair["lora_B"]) for module, pair in factors.items()}
+    _check_complete(factors, targets, config)
+    return {name: (pair["lora_A"], pair["lora_B"]) for name, pair in factors.items()}
 
 
-def _check_complete(factors: Mapping[str, Any], linears: Mapping[str, LinearLike], config: PeftConfig) -> None:
+def unstack(factor: str, value: Tensor, num_experts: int) -> Tensor:
+    """PEFT's A [E r, I] or B [O, r E] of stacked experts: A [E, r, I] or B [E, O, r]. The expert varies slowest in the
+    rows of A and fastest in the columns of B."""
+    if factor == "lora_A":
+        return value.view(num_experts, -1, value.shape[1])
+    return value.view(value.shape[0], -1, num_experts).permute(2, 0, 1).contiguous()
+
+
+def stack(factor: str, value: Tensor) -> Tensor:
+    """The inverse of unstack; what is not of stacked experts stays as it is."""
+    if value.dim() == 2:
+        return value
+    if factor == "lora_A":
+        return value.flatten(0, 1)
+    return value.permute(1, 2, 0).flatten(1)
+
+
+def _check_complete(factors: Mapping[str, Any], targets: Mapping[str, LinearLike], config: PeftConfig) -> None:
     """That no tensor is missing of what the configuration targets: half an adapter must not pass for a whole one."""
-    if config.target_modules is None or config.exclude_modules:
-        return
-    for target in config.target_modules:
-        if not any(_ends_with(module, target) for module in linears):
+    linears, parameters = linear_names(targets), parameter_names(targets)
+    wanted = [name for name in parameters if config.targets_parameter(name)]
+    for target in config.target_parameters:
+        if not any(ends_with(name, target) for name in parameters):
             raise FormatError(
-                f"{CONFIG_NAME}: target_modules has {target!r}, which is no adaptable linear module of the model; "
-                f"accepted: {', '.join(sorted({module.rsplit('.', 1)[-1] for module in linears}))}",
-                field="target_modules",
+                f"{CONFIG_NAME}: target_parameters has {target!r}, which is no adaptable parameter of the model; "
+                f"accepted: {', '.join(parameter_kinds(parameters)) or 'none, since it has no stacked experts'}",
+                field="target_parameters",
             )
-    for module in linears:
-        if config.targets(module) and module not in factors:
+    if config.target_modules is not None and not config.exclude_modules:
+        for target in config.target_modules:
+            if not any(ends_with(module, target) for module in linears):
+                raise FormatError(
+                    f"{CONFIG_NAME}: target_modules has {target!r}, which is no adaptable linear module of the model; "
+                    f"accepted: {', '.join(module_kinds(linears))}",
+                    field="target_modules",
+                )
+        wanted += [module for module in linears if config.targets(module)]
+    paths = stored_paths({*wanted, *factors}, targets)
+    for name in wanted:
+        if name not in factors:
             raise FormatError(
-                f"{WEIGHTS_NAME}: lacks tensor '{_PREFIX}{module}.lora_A.weight', which {CONFIG_NAME} targets"
+                f"{WEIGHTS_NAME}: lacks tensor '{_PREFIX}{paths[name]}.lora_A.weight', which {CONFIG_NAME} targets"
             )
 
 
@@ -354,17 +440,18 @@ def _some(names: Iterable[str]) -> str:
 
 
 def save_adapter(
-    directory: Path, adapter: Adapter, linears: Iterable[str], *, base_model: str, base_digest: str = ""
+    directory: Path, adapter: Adapter, targets: Mapping[str, LinearLike], *, base_model: str, base_digest: str = ""
 ) -> None:
     """Writes an adapter so that ``PeftModel.from_pretrained`` loads it; the files are on the disk when this returns.
 
     Args:
         directory: exists; atomicity is the caller's, who renames it.
-        linears: names of all adaptable modules of the model, from which the shortest description is found.
+        targets: everything adaptable of the model, from which the shortest description is found.
         base_model: for base_model_name_or_path.
         base_digest: of the base weights; "": not known.
     """
-    targets, layers = describe_targets(adapter.modules, linears)
+    stacked = [name for name in parameter_names(targets) if name in adapter.modules]
+    modules, layers = describe_targets(set(adapter.modules).difference(stacked), linear_names(targets))
     values: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -374,10 +461,11 @@ def save_adapter(
         "lora_alpha": int(adapter.alpha) if adapter.alpha.is_integer() else adapter.alpha,
         "lora_dropout": adapter.dropout,
         "use_rslora": adapter.use_rslora,
-        "target_modules": targets,
+        "target_modules": modules,
+        "target_parameters": describe_parameters(stacked, parameter_names(targets)) or None,
         "layers_to_transform": layers,
         "layers_pattern": None,
-        "rank_pattern": {m: a.shape[0] for m, (a, _) in adapter.modules.items() if a.shape[0] != adapter.rank},
+        "rank_pattern": {m: rank for m in adapter.modules if (rank := adapter.rank_of(m)) != adapter.rank},
         "alpha_pattern": dict(adapter.alphas),
         "bias": "none",
         "fan_in_fan_out": False,
@@ -385,30 +473,17 @@ def save_adapter(
         "modules_to_save": None,
         "use_dora": False,
     }
+    if stacked:
+        values["peft_version"] = _dotted(STACKED_SINCE)
     tensors = {}
-    for module, (a, b) in adapter.modules.items():
-        for factor, value in (("lora_A", a), ("lora_B", b)):
-            tensors[f"{_PREFIX}{module}.{factor}.weight"] = value.detach().to("cpu", torch.float32).contiguous()
+    for name, path in stored_paths(adapter.modules, targets).items():
+        for factor, value in zip(("lora_A", "lora_B"), adapter.modules[name], strict=True):
+            flat = stack(factor, value.detach()).to("cpu", torch.float32)
+            tensors[f"{_PREFIX}{path}.{factor}.weight"] = flat.contiguous()
     write_synced(directory / CONFIG_NAME, (json.dumps(values, indent=2) + "\n").encode())
     metadata = {"format": "pt"} | ({BASE_DIGEST_KEY: base_digest} if base_digest else {})
     save_file(tensors, str(directory / WEIGHTS_NAME), metadata=metadata)
     sync_file(directory / WEIGHTS_NAME)
-
-
-def describe_targets(modules: Iterable[str], linears: Iterable[str]) -> tuple[list[str], list[int] | None]:
-    """target_modules and layers_to_transform that select exactly these modules.
-
-    Returns: last components and None; or those and layer indices; or, for an irregular choice, full names and None.
-    """
-    chosen, all_names = set(modules), list(linears)
-    suffixes = sorted({module.rsplit(".", 1)[-1] for module in chosen})
-    selected = {module for module in all_names if module.rsplit(".", 1)[-1] in suffixes}
-    if selected == chosen:
-        return suffixes, None
-    layers = sorted({index for module in chosen if (index := layer_index(module)) is not None})
-    if {module for module in selected if layer_index(module) in layers} == chosen:
-        return suffixes, layers
-    return sorted(chosen), None
 
 
 def write_synced(path: Path, data: bytes) -> None:

@@ -35,12 +35,12 @@ from engine.lora.lineage import LINEAGE_NAME, Lineage, base_digest_of
 from engine.lora.peft import (
     CONFIG_NAME,
     WEIGHTS_NAME,
-    LinearLike,
     load_adapter,
     save_adapter,
     sync_file,
     write_synced,
 )
+from engine.lora.targets import LinearLike
 from engine.lora.versions import AdapterState, FormerName, StoredVersions
 from engine.names import validate_name
 
@@ -53,7 +53,7 @@ MAX_RESIDENT_OLD_VERSIONS = 4
 class Targets(Protocol):
     """What is asked of a model."""
 
-    def linears(self) -> Mapping[str, LinearLike]: ...
+    def lora_targets(self) -> Mapping[str, LinearLike]: ...
     @property
     def compute_dtype(self) -> torch.dtype: ...
 
@@ -79,7 +79,7 @@ class AdapterStore:
     ) -> None:
         self._model_name = model_name
         self._stored = StoredVersions(root)
-        self._linears = model.linears()
+        self._targets = model.lora_targets()
         self._dtype = model.compute_dtype
         self._device = device
         self._base_digest = base_digest
@@ -141,7 +141,7 @@ class AdapterStore:
         directory = self.path(name, version)
         if version > 0 and not force:
             self._refuse_other_base(name, version, base_digest_of(directory))
-        return load_adapter(directory, self._linears, name=name, version=version, dtype=torch.float32)
+        return load_adapter(directory, self._targets, name=name, version=version, dtype=torch.float32)
 
     def is_of_other_base(self, name: str, version: int) -> bool:
         """Whether a version says that it was trained on other base weights."""
@@ -219,7 +219,7 @@ class AdapterStore:
             forced=forced,
         )
         with self._stored.new_version(name) as directory:
-            save_adapter(directory, adapter, self._linears, base_model=self._model_name, base_digest=digest)
+            save_adapter(directory, adapter, self._targets, base_model=self._model_name, base_digest=digest)
             write_synced(directory / LINEAGE_NAME, lineage.encode())
             version = self._stored.commit(name, directory)
         modules = {
@@ -271,7 +271,7 @@ class AdapterStore:
         if not force:
             self._refuse_other_base(name, 0, base_digest_of(path))
         adapter = self._load(path, name, 0)
-        info = describe_loaded(adapter, path, model=self._model_name)
+        info = describe_loaded(adapter, path, self._targets, model=self._model_name)
         self._external[name] = adapter, replace(info, forced=self._is_other_base(info.base_digest))
         self._live[name] = adapter
         return self._info_of_external(name)
@@ -469,7 +469,7 @@ class AdapterStore:
 
     def _load(self, directory: Path, name: str, version: int) -> Adapter:
         return load_adapter(
-            directory, self._linears, name=name, version=version, device=self._device, dtype=self._dtype
+            directory, self._targets, name=name, version=version, device=self._device, dtype=self._dtype
         )
 
     # -------------------------------------------------------------------------------------------------------- memory
@@ -511,7 +511,11 @@ class AdapterStore:
         key = (name, version)
         if key not in self._infos:
             self._infos[key] = describe_stored(
-                self._stored.directory(name, version), model=self._model_name, name=name, version=version
+                self._stored.directory(name, version),
+                self._targets,
+                model=self._model_name,
+                name=name,
+                version=version,
             )
         info, live = self._infos[key], self._live.get(name)
         is_live = live is not None and live.version == version

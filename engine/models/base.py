@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from engine.config import ModelConfig
 from engine.context import ForwardContext
 from engine.layers.linear import Linear
+from engine.layers.moe import Experts
+from engine.lora.targets import LinearLike
 from engine.quantization.base import SchemeMap
 from engine.registry import Registry
 
@@ -40,6 +42,16 @@ class Model(nn.Module, ABC):
     def linears(self) -> dict[str, Linear]:
         """Full module name to every Linear that adapters may target, in order of depth."""
         return {m.name: m for m in self.modules() if isinstance(m, Linear) and m.lora}
+
+    def lora_targets(self) -> dict[str, LinearLike]:
+        """Full name to everything that adapters may target: those linears, and parameters of stacked experts."""
+        targets: dict[str, LinearLike] = {}
+        for module in self.modules():
+            if isinstance(module, Experts) and module.lora:
+                targets.update(module.lora_targets())
+            elif isinstance(module, Linear) and module.lora:
+                targets[module.name] = module
+        return targets
 
     @property
     def max_input_tokens(self) -> int:

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from engine.config import ModelConfig
 from engine.context import ForwardContext
 from engine.layers.linear import Embedding, Linear
+from engine.layers.moe import Experts
 from engine.layers.norm import RMSNorm
 from engine.quantization.base import SchemeMap
 
@@ -55,7 +56,7 @@ class Qwen3_5MTP(nn.Module):
         self.layers = nn.ModuleList(layers)
         self.norm = RMSNorm(size, eps, shifted=True, dtype=dtype)
         for module in self.modules():
-            if isinstance(module, Linear):
+            if isinstance(module, Linear | Experts):
                 module.lora = False
 
     def forward(

@@ -23,18 +23,20 @@ def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
         counts: [G] integers that sum to M.
     Returns: [M, O]; differentiable with respect to x and weight.
     """
-    if x.is_cuda and x.dtype == weight.dtype == torch.bfloat16:
+    if x.is_cuda and x.dtype == weight.dtype == torch.bfloat16 and _aligned(weight):
         return grouped_linear_fused(x, weight, counts)
     return grouped_linear_reference(x, weight, counts)
 
 
 def grouped_linear_reference(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     """One product per group that has rows."""
+    # A gradient of weight[group] would be as large as all of weight, once for each group.
+    matrices = weight.unbind() if weight.requires_grad else weight
     parts = []
     start = 0
     hit = counts.nonzero().flatten().tolist()
     for group, count in zip(hit, counts[hit].tolist(), strict=True):
-        parts.append(F.linear(x[start : start + count], weight[group]))
+        parts.append(F.linear(x[start : start + count], matrices[group]))
         start += count
     return torch.cat(parts) if parts else x.new_empty(0, weight.shape[1])
 
@@ -42,3 +44,9 @@ def grouped_linear_reference(x: Tensor, weight: Tensor, counts: Tensor) -> Tenso
 def grouped_linear_fused(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     """torch's grouped product."""
     return F.grouped_mm(x, weight.transpose(1, 2), offs=counts.cumsum(0).to(torch.int32))
+
+
+def _aligned(weight: Tensor) -> bool:
+    """Whether torch's grouped product takes the matrices: rows and columns in multiples of 16 bytes. Small ranks of
+    low-rank factors are not."""
+    return all(size * weight.element_size() % 16 == 0 for size in weight.shape[1:])

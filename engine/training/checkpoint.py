@@ -13,7 +13,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from torch import Tensor
 from engine.errors import FormatError
 from engine.lora.adapter import Adapter
 from engine.lora.peft import save_adapter, sync_file, write_synced
+from engine.lora.targets import LinearLike
 
 BEST_NAME = "best"
 STATE_NAME = "state.json"
@@ -93,13 +94,13 @@ class Checkpoints:
 
     Args:
         directory: made when the first one is written.
-        linears: names of the model's adaptable modules, for the PEFT configuration.
+        targets: everything adaptable of the model, for the PEFT configuration.
     """
 
-    def __init__(self, directory: Path, base_model: str, linears: Iterable[str]) -> None:
+    def __init__(self, directory: Path, base_model: str, targets: Mapping[str, LinearLike]) -> None:
         self._directory = directory
         self._base_model = base_model
-        self._linears = list(linears)
+        self._targets = targets
 
     def path(self, step: int) -> Path:
         """Where the checkpoint of a step lies."""
@@ -132,7 +133,7 @@ class Checkpoints:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
         try:
-            save_adapter(temporary, adapter, self._linears, base_model=self._base_model)
+            save_adapter(temporary, adapter, self._targets, base_model=self._base_model)
             save_file(dict(optimizer), str(temporary / OPTIMIZER_NAME))
             sync_file(temporary / OPTIMIZER_NAME)
             write_synced(temporary / STATE_NAME, (json.dumps(asdict(state), indent=2) + "\n").encode())

@@ -11,44 +11,59 @@ from torch import nn
 from engine.errors import InvalidArgumentError
 from engine.jobs import LoRAParams
 from engine.lora.adapter import Adapter
-from engine.lora.peft import MAX_RANK, LinearLike, layer_index
+from engine.lora.peft import MAX_RANK
+from engine.lora.targets import (
+    LinearLike,
+    StackedTarget,
+    ends_with,
+    layer_index,
+    linear_names,
+    module_kinds,
+    parameter_kinds,
+    parameter_names,
+)
 from engine.training.seeds import derive_seed
 
+ALL_LINEAR = "all-linear"
+"""PEFT's word for all linear modules but the head."""
 
-def select_targets(linears: Mapping[str, LinearLike], lora: LoRAParams) -> list[str]:
-    """Full names of the modules to adapt, in order of depth.
+
+def select_targets(targets: Mapping[str, LinearLike], lora: LoRAParams) -> list[str]:
+    """Full names of the modules and parameters to adapt, in order of depth.
 
     Raises:
         InvalidArgumentError: a target or layer names nothing in the model.
     """
-    for target in lora.target_modules:
-        if not any(_is_target(name, target) for name in linears):
-            accepted = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in linears}))
+    linears, parameters = linear_names(targets), parameter_names(targets)
+    all_linear = lora.target_modules == [ALL_LINEAR] or not (lora.target_modules or lora.target_parameters)
+    for target in () if all_linear else lora.target_modules:
+        if not any(ends_with(name, target) for name in linears):
             raise InvalidArgumentError(
-                f"target_modules has {target!r}; accepted: {accepted}", field="lora.target_modules"
+                f"target_modules has {target!r}; accepted: {', '.join(module_kinds(linears))}, or {ALL_LINEAR!r} alone",
+                field="lora.target_modules",
             )
-    layers = {layer_index(name) for name in linears} - {None}
+    for target in lora.target_parameters:
+        if not any(ends_with(name, target) for name in parameters):
+            accepted = ", ".join(parameter_kinds(parameters)) or "none, since the model has no stacked experts"
+            raise InvalidArgumentError(
+                f"target_parameters has {target!r}; accepted: {accepted}", field="lora.target_parameters"
+            )
+    layers = {layer_index(name) for name in targets} - {None}
     for layer in lora.layers:
         if layer not in layers:
             raise InvalidArgumentError(
                 f"layers has {layer}; accepted: indices in [0, {len(layers) - 1}]", field="lora.layers"
             )
-    chosen = [
-        name
-        for name in linears
-        if (not lora.target_modules or any(_is_target(name, target) for target in lora.target_modules))
-        and (not lora.layers or layer_index(name) in lora.layers)
-    ]
+    chosen = {name for name in linears if all_linear or any(ends_with(name, end) for end in lora.target_modules)}
+    chosen |= {name for name in parameters if any(ends_with(name, end) for end in lora.target_parameters)}
+    if lora.layers:
+        chosen = {name for name in chosen if layer_index(name) in lora.layers}
     if not chosen:
-        raise InvalidArgumentError(
-            f"no module is both in target_modules {lora.target_modules} and in layers {lora.layers}",
-            field="lora.target_modules",
-        )
-    return chosen
-
-
-def _is_target(name: str, target: str) -> bool:
-    return name == target or name.endswith(f".{target}")
+        wanted = f"target_modules {lora.target_modules}"
+        if lora.target_parameters:
+            wanted += f" or target_parameters {lora.target_parameters}"
+        raise InvalidArgumentError(f"no module is both in {wanted} and in layers {lora.layers}", field="lora.layers")
+    return [name for name in targets if name in chosen]
 
 
 def validate_lora(lora: LoRAParams) -> None:
@@ -63,6 +78,8 @@ def validate_lora(lora: LoRAParams) -> None:
         _reject("alpha", lora.alpha, "a finite number above 0")
     if not 0.0 <= lora.dropout < 1.0:
         _reject("dropout", lora.dropout, "a number in [0, 1)")
+    if lora.dropout and lora.target_parameters:
+        _reject("dropout", lora.dropout, "0 with target_parameters, as in PEFT")
 
 
 def _reject(name: str, value: object, accepted: str) -> None:
@@ -70,7 +87,7 @@ def _reject(name: str, value: object, accepted: str) -> None:
 
 
 def new_adapter(
-    name: str, linears: Mapping[str, LinearLike], lora: LoRAParams, seed: int, device: torch.device | str
+    name: str, targets: Mapping[str, LinearLike], lora: LoRAParams, seed: int, device: torch.device | str
 ) -> Adapter:
     """An adapter whose update is zero, initialised as PEFT does it: A Kaiming-uniform with a = sqrt(5), B zero.
 
@@ -79,11 +96,14 @@ def new_adapter(
     """
     generator = torch.Generator().manual_seed(derive_seed(seed, "lora_A"))
     modules: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
-    for module in select_targets(linears, lora):
-        linear = linears[module]
-        a = torch.empty(lora.rank, linear.in_features)
+    for module in select_targets(targets, lora):
+        target = targets[module]
+        experts = (target.num_experts,) if isinstance(target, StackedTarget) else ()
+        # As wide as the input of each expert, so that their bound is that of a linear module.
+        a = torch.empty(math.prod(experts) * lora.rank, target.in_features)
         nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=generator)
-        b = torch.zeros(linear.out_features, lora.rank)
+        a = a.view(*experts, lora.rank, target.in_features)
+        b = torch.zeros(*experts, target.out_features, lora.rank)
         modules[module] = (nn.Parameter(a.to(device)), nn.Parameter(b.to(device)))
     return Adapter(
         name=name,

@@ -91,7 +91,7 @@ def fingerprint(spec: TrainSpec, dataset: Dataset, loaded: LoadedModel) -> str:
 
 def load_masters(path: Path, name: str, loaded: LoadedModel) -> Adapter:
     """An adapter from its PEFT files, as float32 parameters that require gradients."""
-    stored = load_adapter(path, loaded.model.linears(), name=name, device=loaded.device, dtype=torch.float32)
+    stored = load_adapter(path, loaded.model.lora_targets(), name=name, device=loaded.device, dtype=torch.float32)
     modules = {module: (nn.Parameter(a), nn.Parameter(b)) for module, (a, b) in stored.modules.items()}
     return replace(stored, modules=modules, dropout=read_config(path).dropout)  # type: ignore[arg-type]
 
@@ -141,5 +141,5 @@ def begin_or_resume(spec: TrainSpec, dataset: Dataset, loaded: LoadedModel, chec
         path = loaded.adapters.path(init.name, init.version)
         return Beginning(load_masters(path, spec.adapter, loaded), state, {})
     validate_lora(spec.lora)
-    adapter = new_adapter(spec.adapter, loaded.model.linears(), spec.lora, spec.params.seed, loaded.device)
+    adapter = new_adapter(spec.adapter, loaded.model.lora_targets(), spec.lora, spec.params.seed, loaded.device)
     return Beginning(adapter, state, {})

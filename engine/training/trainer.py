@@ -28,6 +28,7 @@ from engine.jobs import (
     TrainStep,
 )
 from engine.lora.adapter import Adapter
+from engine.lora.targets import kinds
 from engine.names import validate_name
 from engine.training.adaptation import BoundedSteps
 from engine.training.batching import BatchOrder, MicroBatch, micro_batches
@@ -90,7 +91,7 @@ class _Run:
         self._order = BatchOrder(len(self._dataset.train), params.batch_size, params.seed, params.shuffle)
         self._total_steps, self._ends_by = plan_steps(params, self._order.steps_per_epoch)
         self._checkpoints = Checkpoints(
-            Path(spec.run_dir) / "checkpoints", loaded.info.name, list(loaded.model.linears())
+            Path(spec.run_dir) / "checkpoints", loaded.info.name, loaded.model.lora_targets()
         )
         beginning = begin_or_resume(spec, self._dataset, loaded, self._checkpoints)
         self._adapter, self._state = beginning.adapter, beginning.state
@@ -150,6 +151,7 @@ class _Run:
                 reason="FORWARD_MISMATCH",
             )
         train = self._dataset.train
+        modules, parameters = kinds(self._adapter.modules, self._loaded.model.lora_targets())
         yield TrainStarted(
             job_id=self._spec.job_id,
             num_trainable_parameters=self._adapter.num_parameters(),
@@ -157,7 +159,8 @@ class _Run:
             num_eval_examples=len(self._dataset.evaluation),
             num_tokens=train.num_tokens,
             num_loss_tokens=train.num_loss_tokens,
-            target_modules=sorted({name.rsplit(".", 1)[-1] for name in self._adapter.modules}),
+            target_modules=modules,
+            target_parameters=parameters,
             total_steps=self._total_steps,
             resumed_from_step=self._resumed_from,
             forward_difference=difference,

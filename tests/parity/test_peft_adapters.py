@@ -51,7 +51,7 @@ def reference(directory: Path) -> Any:
 
 def randomised(loaded: LoadedModel, lora: LoRAParams) -> Any:
     """An adapter whose B is not zero."""
-    adapter = new_adapter("tone", loaded.model.linears(), lora, 0, "cpu")
+    adapter = new_adapter("tone", loaded.model.lora_targets(), lora, 0, "cpu")
     generator = torch.Generator().manual_seed(3)
     for _, b in adapter.modules.values():
         b.data.copy_(0.1 * torch.randn(b.shape, generator=generator))
@@ -168,7 +168,7 @@ def test_initialisation_is_that_of_peft(directory: Path, loaded: LoadedModel) ->
     config = LoraConfig(r=16, lora_alpha=16, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
     theirs = peft_tensors(get_peft_model(reference(directory), config))
     lora = LoRAParams(rank=16, target_modules=["q_proj", "down_proj"])
-    adapter = new_adapter("tone", loaded.model.linears(), lora, 0, "cpu")
+    adapter = new_adapter("tone", loaded.model.lora_targets(), lora, 0, "cpu")
     for module, (a, b) in adapter.modules.items():
         expected = theirs[f"{module}.lora_A"]
         bound = expected.shape[1] ** -0.5
@@ -177,8 +177,8 @@ def test_initialisation_is_that_of_peft(directory: Path, loaded: LoadedModel) ->
         assert a.std().item() == pytest.approx(expected.std().item(), rel=0.08)
         assert a.mean().abs() < 0.1 * bound
         assert not b.any()
-    again = new_adapter("tone", loaded.model.linears(), lora, 0, "cpu")
-    other = new_adapter("tone", loaded.model.linears(), lora, 1, "cpu")
+    again = new_adapter("tone", loaded.model.lora_targets(), lora, 0, "cpu")
+    other = new_adapter("tone", loaded.model.lora_targets(), lora, 1, "cpu")
     name = next(iter(adapter.modules))
     assert torch.equal(again.modules[name][0], adapter.modules[name][0])
     assert not torch.equal(other.modules[name][0], adapter.modules[name][0])
@@ -202,7 +202,7 @@ def test_twenty_steps(directory: Path, loaded: LoadedModel, tmp_path: Path, opti
     options = {"learning_rate": 5e-3, "batch_size": 4, "max_steps": 20, "seed": 5, **options}
     spec = make_spec(tmp_path, EXAMPLES, lora=lora, **options)
     events = events_of(spec, loaded)
-    initial = new_adapter("initial", loaded.model.linears(), lora, 5, "cpu")
+    initial = new_adapter("initial", loaded.model.lora_targets(), lora, 5, "cpu")
     model = PeftModel.from_pretrained(
         reference(directory), loaded.adapters.publish(initial).path, is_trainable=True
     ).train()
@@ -227,7 +227,7 @@ def test_twenty_steps(directory: Path, loaded: LoadedModel, tmp_path: Path, opti
     assert of_type(events, TrainStep)[-1].loss < of_type(events, TrainStep)[0].loss
     finished = events[-1]
     assert isinstance(finished, TrainFinished)
-    saved = load_adapter(Path(finished.adapter_path), loaded.model.linears(), name="tone")
+    saved = load_adapter(Path(finished.adapter_path), loaded.model.lora_targets(), name="tone")
     expected = peft_tensors(model)
     for module, pair in saved.modules.items():
         for factor, value in zip(("lora_A", "lora_B"), pair, strict=True):

@@ -167,12 +167,13 @@ def test_what_the_file_has_is_loaded(tmp_path: Path) -> None:
     assert ours(tmp_path).num_mtp_layers == 0
 
 
-def test_adapters_and_caches_leave_the_head_alone(tmp_path: Path) -> None:
-    """The linears that adapters target, the layers of the cache, and drafts under an adapter are as without a head."""
-    base = save_tiny_hybrid(tmp_path / "base", initializer_range=0.1)
-    checkpoint(tmp_path / "with", "dense")
+@pytest.mark.parametrize("kind", ["dense", "moe"])
+def test_adapters_and_caches_leave_the_head_alone(tmp_path: Path, kind: str) -> None:
+    """What adapters target, the layers of the cache, and drafts under an adapter are as without a head."""
+    base = save_tiny_hybrid(tmp_path / "base", experts=kind == "moe", initializer_range=0.1)
+    checkpoint(tmp_path / "with", kind)
     plain, loaded = load_tiny(base, tmp_path / "a"), load_tiny(tmp_path / "with", tmp_path / "b")
-    assert plain.model.linears().keys() == loaded.model.linears().keys()
+    assert plain.model.lora_targets().keys() == loaded.model.lora_targets().keys()
     model = loaded.model
     assert isinstance(model, OurModel)
     assert model.num_attention_layers == plain.causal_lm().num_attention_layers == 1

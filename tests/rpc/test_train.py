@@ -213,6 +213,7 @@ BAD: list[tuple[str, dict[str, Any]]] = [
     ("config.params.max_seq_len", {"params": {"max_seq_len": 4096}}),
     ("lora.rank", {"lora": training_pb2.LoRAConfig(rank=0)}),
     ("lora.target_modules", {"lora": training_pb2.LoRAConfig(target_modules=["nope"])}),
+    ("lora.target_parameters", {"lora": training_pb2.LoRAConfig(target_parameters=["mlp.experts.down_proj"])}),
     ("eval_fraction", {"eval_fraction": 1.0}),
     ("eval_fraction", {"eval_fraction": 0.5, "held_out": examples(1)}),
     ("on_disconnect", {"on_disconnect": 9}),

@@ -154,6 +154,7 @@ def test_train_prints_its_events_and_sends_its_options(
     data = tmp_path / "data.jsonl"
     data.write_text('{"text": "a"}\n')
     arguments = ["train", str(data), "-a", "tone", "--max-steps", "1", "--no-shuffle", "--target-module", "q_proj"]
+    arguments += ["--target-parameter", "mlp.experts.down_proj"]
     assert whet_command(server, *arguments, "--json") == 0
     lines = _lines(capsys.readouterr().out)
     assert [line["kind"] for line in lines] == ["run_started", "step", "evaluation", "finished"]
@@ -165,6 +166,7 @@ def test_train_prints_its_events_and_sends_its_options(
     assert config.params.HasField("shuffle")
     assert not config.params.HasField("packing")
     assert list(config.lora.target_modules) == ["q_proj"]
+    assert list(config.lora.target_parameters) == ["mlp.experts.down_proj"]
 
 
 def test_adapt_sends_its_bounds_and_tells_the_outcome(

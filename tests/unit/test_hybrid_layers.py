@@ -9,6 +9,7 @@ from torch import Tensor
 from engine.config import LinearAttentionConfig, ModelConfig, MoEConfig, RopeConfig
 from engine.context import packed_context
 from engine.layers.linear import Linear
+from engine.layers.moe import Experts
 from engine.lora.adapter import Adapter, LoRABatch
 from engine.models.qwen3_5_text import Qwen3_5DecoderLayer, RotaryEmbedding
 from engine.quantization.base import SchemeMap
@@ -46,7 +47,8 @@ def config(kind: str, moe: bool) -> ModelConfig:
 @pytest.mark.parametrize("moe", [False, True], ids=["dense", "moe"])
 @pytest.mark.parametrize("kind", ["linear_attention", "full_attention"])
 def test_gradients_of_a_whole_layer(kind: str, moe: bool) -> None:
-    """float64 gradcheck with respect to the input and to A and B of every linear, over two packed sequences."""
+    """float64 gradcheck with respect to the input and to A and B of every linear, and of every routed expert, over two
+    packed sequences."""
     shape = config(kind, moe)
     layer = Qwen3_5DecoderLayer(shape, 0, 0, SchemeMap(), torch.float64).double()
     generator = torch.Generator().manual_seed(0)
@@ -61,6 +63,14 @@ def test_gradients_of_a_whole_layer(kind: str, moe: bool) -> None:
         if isinstance(module, Linear):
             names.append(module.name)
             factors += [0.5 * random(1, module.in_features), 0.5 * random(module.out_features, 1)]
+        elif isinstance(module, Experts):
+            for name, t in module.lora_targets().items():
+                names.append(name)
+                factors += [
+                    0.5 * random(t.num_experts, 1, t.in_features),
+                    0.5 * random(t.num_experts, t.out_features, 1),
+                ]
+    assert any("experts.down_proj" in name for name in names) == moe
     tokens = sum(LENGTHS)
     rotary = RotaryEmbedding(shape.rope["full_attention"], shape.head_dim, 32)
 
@@ -73,5 +83,6 @@ def test_gradients_of_a_whole_layer(kind: str, moe: bool) -> None:
     inputs = tuple(t.requires_grad_() for t in (random(tokens, 6), *factors))
     assert torch.autograd.gradcheck(forward, inputs, eps=1e-6, atol=1e-6, rtol=1e-4)
     outputs = forward(*inputs)
-    for name, gradient in zip(["x", *names], torch.autograd.grad(outputs.square().sum(), inputs), strict=False):
+    labels = ["x", *(f"{name}.{factor}" for name in names for factor in ("lora_A", "lora_B"))]
+    for name, gradient in zip(labels, torch.autograd.grad(outputs.square().sum(), inputs), strict=True):
         assert gradient.norm() > 1e-6, f"{name} has no effect, so its check proves nothing"

@@ -18,12 +18,12 @@ from engine.lora.adapter import Adapter
 from engine.lora.peft import (
     CONFIG_NAME,
     WEIGHTS_NAME,
-    describe_targets,
     load_adapter,
     parse_config,
     read_config,
     save_adapter,
 )
+from engine.lora.targets import describe_targets
 
 
 @dataclass
@@ -244,6 +244,7 @@ JSON = st.recursive(
 KEYS = [
     "peft_type", "r", "lora_alpha", "lora_dropout", "target_modules", "bias", "use_rslora", "rank_pattern",
     "alpha_pattern", "layers_to_transform", "exclude_modules", "init_lora_weights", "use_dora", "other",
+    "target_parameters", "peft_version",
 ]  # fmt: skip
 
 

@@ -16,8 +16,9 @@ import torch
 
 from engine.errors import FailedPreconditionError, FormatError, InvalidArgumentError, NotFoundError
 from engine.lora.adapter import Adapter
-from engine.lora.peft import WEIGHTS_NAME, LinearLike
+from engine.lora.peft import WEIGHTS_NAME
 from engine.lora.store import MAX_RESIDENT_OLD_VERSIONS, AdapterStore
+from engine.lora.targets import LinearLike
 from tests.unit.test_lora_peft import LINEARS
 
 Q0 = "model.layers.0.self_attn.q_proj"
@@ -28,7 +29,7 @@ class Targets:
 
     compute_dtype = torch.bfloat16
 
-    def linears(self) -> Mapping[str, LinearLike]:
+    def lora_targets(self) -> Mapping[str, LinearLike]:
         return LINEARS
 
 

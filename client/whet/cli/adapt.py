@@ -30,6 +30,8 @@ _OPTIONS: tuple[tuple[str, Any, str], ...] = (
 def _adapt_options(function: Any) -> Any:
     for name, kind, text in reversed(_OPTIONS):
         function = click.option(f"--{name}", type=kind, default=None, help=text)(function)
+    text = "Of a new adapter: routed experts, as mlp.experts.down_proj. Repeatable."
+    function = click.option("--target-parameter", "target_parameters", multiple=True, help=text)(function)
     function = click.option("--target-module", "target_modules", multiple=True, help="Of a new adapter. Repeatable.")(
         function
     )

@@ -50,6 +50,8 @@ def _train_options(function: Any) -> Any:
         function = click.option(f"--{name}", type=kind, default=None, help=text)(function)
     for name in ("packing", "shuffle", "use-rslora", "activation-checkpointing"):
         function = click.option(f"--{name}/--no-{name}", default=None)(function)
+    text = "Of routed experts, as mlp.experts.down_proj. Repeatable."
+    function = click.option("--target-parameter", "target_parameters", multiple=True, help=text)(function)
     function = click.option("--target-module", "target_modules", multiple=True, help="Repeatable.")(function)
     return click.option("--layer", "layers", type=int, multiple=True, help="Repeatable.")(function)
 

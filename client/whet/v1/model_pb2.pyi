@@ -120,6 +120,7 @@ class Model(_message.Message):
     NUM_SLOTS_FIELD_NUMBER: _builtins.int
     STATE_BYTES_FIELD_NUMBER: _builtins.int
     NUM_MTP_LAYERS_FIELD_NUMBER: _builtins.int
+    EXPERT_PARAMETERS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     state: Global___ModelState.ValueType
     error: _builtins.str
@@ -161,6 +162,10 @@ class Model(_message.Message):
 
     @_builtins.property
     def load_duration(self) -> _duration_pb2.Duration: ...
+    @_builtins.property
+    def expert_parameters(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Names within a layer of parameters that stack the routed experts, which LoRA may target by target_parameters."""
+
     def __init__(
         self,
         *,
@@ -189,10 +194,11 @@ class Model(_message.Message):
         num_slots: _builtins.int = ...,
         state_bytes: _builtins.int = ...,
         num_mtp_layers: _builtins.int = ...,
+        expert_parameters: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_has_chat_template", b"_has_chat_template", "has_chat_template", b"has_chat_template", "load_duration", b"load_duration"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_has_chat_template", b"_has_chat_template", "block_size", b"block_size", "device", b"device", "dtype", b"dtype", "embedding_dimensions", b"embedding_dimensions", "error", b"error", "has_chat_template", b"has_chat_template", "hidden_size", b"hidden_size", "kv_cache_bytes", b"kv_cache_bytes", "linear_modules", b"linear_modules", "load_duration", b"load_duration", "max_model_len", b"max_model_len", "model_type", b"model_type", "name", b"name", "num_blocks", b"num_blocks", "num_layers", b"num_layers", "num_mtp_layers", b"num_mtp_layers", "num_parameters", b"num_parameters", "num_slots", b"num_slots", "quantization", b"quantization", "state", b"state", "state_bytes", b"state_bytes", "task", b"task", "vocab_size", b"vocab_size", "weights_bytes", b"weights_bytes", "weights_digest", b"weights_digest"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_has_chat_template", b"_has_chat_template", "block_size", b"block_size", "device", b"device", "dtype", b"dtype", "embedding_dimensions", b"embedding_dimensions", "error", b"error", "expert_parameters", b"expert_parameters", "has_chat_template", b"has_chat_template", "hidden_size", b"hidden_size", "kv_cache_bytes", b"kv_cache_bytes", "linear_modules", b"linear_modules", "load_duration", b"load_duration", "max_model_len", b"max_model_len", "model_type", b"model_type", "name", b"name", "num_blocks", b"num_blocks", "num_layers", b"num_layers", "num_mtp_layers", b"num_mtp_layers", "num_parameters", b"num_parameters", "num_slots", b"num_slots", "quantization", b"quantization", "state", b"state", "state_bytes", b"state_bytes", "task", b"task", "vocab_size", b"vocab_size", "weights_bytes", b"weights_bytes", "weights_digest", b"weights_digest"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__has_chat_template: _TypeAlias = _typing.Literal["has_chat_template"]  # noqa: Y015
     _WhichOneofArgType__has_chat_template: _TypeAlias = _typing.Literal["_has_chat_template", b"_has_chat_template"]  # noqa: Y015
@@ -225,6 +231,7 @@ class Adapter(_message.Message):
     SOURCES_FIELD_NUMBER: _builtins.int
     COMBINATION_METHOD_FIELD_NUMBER: _builtins.int
     FORCED_FIELD_NUMBER: _builtins.int
+    TARGET_PARAMETERS_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     name: _builtins.str
     version: _builtins.int
@@ -263,6 +270,10 @@ class Adapter(_message.Message):
     def sources(self) -> _containers.RepeatedCompositeFieldContainer[Global___WeightedAdapter]:
         """What it was combined from, if it was. They may have been deleted since."""
 
+    @_builtins.property
+    def target_parameters(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """As in PEFT: parameters that stack the routed experts of a mixture."""
+
     def __init__(
         self,
         *,
@@ -285,10 +296,11 @@ class Adapter(_message.Message):
         sources: _abc.Iterable[Global___WeightedAdapter] | None = ...,
         combination_method: Global___CombinationMethod.ValueType = ...,
         forced: _builtins.bool = ...,
+        target_parameters: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_best_nll", b"_best_nll", "best_nll", b"best_nll", "create_time", b"create_time", "parent", b"parent"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_best_nll", b"_best_nll", "alpha", b"alpha", "base_digest", b"base_digest", "best_nll", b"best_nll", "combination_method", b"combination_method", "create_time", b"create_time", "data_digest", b"data_digest", "forced", b"forced", "live", b"live", "loaded", b"loaded", "model", b"model", "name", b"name", "num_parameters", b"num_parameters", "parent", b"parent", "rank", b"rank", "run_id", b"run_id", "sources", b"sources", "target_modules", b"target_modules", "use_rslora", b"use_rslora", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_best_nll", b"_best_nll", "alpha", b"alpha", "base_digest", b"base_digest", "best_nll", b"best_nll", "combination_method", b"combination_method", "create_time", b"create_time", "data_digest", b"data_digest", "forced", b"forced", "live", b"live", "loaded", b"loaded", "model", b"model", "name", b"name", "num_parameters", b"num_parameters", "parent", b"parent", "rank", b"rank", "run_id", b"run_id", "sources", b"sources", "target_modules", b"target_modules", "target_parameters", b"target_parameters", "use_rslora", b"use_rslora", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__best_nll: _TypeAlias = _typing.Literal["best_nll"]  # noqa: Y015
     _WhichOneofArgType__best_nll: _TypeAlias = _typing.Literal["_best_nll", b"_best_nll"]  # noqa: Y015

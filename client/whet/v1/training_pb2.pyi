@@ -425,6 +425,7 @@ class LoRAConfig(_message.Message):
     USE_RSLORA_FIELD_NUMBER: _builtins.int
     TARGET_MODULES_FIELD_NUMBER: _builtins.int
     LAYERS_FIELD_NUMBER: _builtins.int
+    TARGET_PARAMETERS_FIELD_NUMBER: _builtins.int
     rank: _builtins.int
     """Default: 8."""
     alpha: _builtins.float
@@ -434,11 +435,19 @@ class LoRAConfig(_message.Message):
     use_rslora: _builtins.bool
     @_builtins.property
     def target_modules(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Last name components of linear modules ("q_proj"). Default: all of attention and MLP."""
+        """Last name components of linear modules ("q_proj"), or "all-linear" alone. Default: all of attention and MLP, or
+        none where target_parameters are given.
+        """
 
     @_builtins.property
     def layers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Indices of the layers to adapt. Default: all."""
+
+    @_builtins.property
+    def target_parameters(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Parameters that stack the routed experts of a mixture ("mlp.experts.gate_up_proj"): names of Model's
+        expert_parameters or ends of them. Each expert has an update of its own. Not with dropout. Default: none.
+        """
 
     def __init__(
         self,
@@ -449,10 +458,11 @@ class LoRAConfig(_message.Message):
         use_rslora: _builtins.bool | None = ...,
         target_modules: _abc.Iterable[_builtins.str] | None = ...,
         layers: _abc.Iterable[_builtins.int] | None = ...,
+        target_parameters: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_alpha", b"_alpha", "_dropout", b"_dropout", "_rank", b"_rank", "_use_rslora", b"_use_rslora", "alpha", b"alpha", "dropout", b"dropout", "rank", b"rank", "use_rslora", b"use_rslora"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_alpha", b"_alpha", "_dropout", b"_dropout", "_rank", b"_rank", "_use_rslora", b"_use_rslora", "alpha", b"alpha", "dropout", b"dropout", "layers", b"layers", "rank", b"rank", "target_modules", b"target_modules", "use_rslora", b"use_rslora"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_alpha", b"_alpha", "_dropout", b"_dropout", "_rank", b"_rank", "_use_rslora", b"_use_rslora", "alpha", b"alpha", "dropout", b"dropout", "layers", b"layers", "rank", b"rank", "target_modules", b"target_modules", "target_parameters", b"target_parameters", "use_rslora", b"use_rslora"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__alpha: _TypeAlias = _typing.Literal["alpha"]  # noqa: Y015
     _WhichOneofArgType__alpha: _TypeAlias = _typing.Literal["_alpha", b"_alpha"]  # noqa: Y015
@@ -785,6 +795,7 @@ class RunStarted(_message.Message):
     TOTAL_STEPS_FIELD_NUMBER: _builtins.int
     RESUMED_FROM_STEP_FIELD_NUMBER: _builtins.int
     FORWARD_DIFFERENCE_FIELD_NUMBER: _builtins.int
+    TARGET_PARAMETERS_FIELD_NUMBER: _builtins.int
     num_trainable_parameters: _builtins.int
     total_steps: _builtins.int
     resumed_from_step: _builtins.int
@@ -795,6 +806,8 @@ class RunStarted(_message.Message):
     def dataset(self) -> Global___Dataset: ...
     @_builtins.property
     def target_modules(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def target_parameters(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     def __init__(
         self,
         *,
@@ -804,10 +817,11 @@ class RunStarted(_message.Message):
         total_steps: _builtins.int = ...,
         resumed_from_step: _builtins.int = ...,
         forward_difference: _builtins.float | None = ...,
+        target_parameters: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_forward_difference", b"_forward_difference", "dataset", b"dataset", "forward_difference", b"forward_difference"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_forward_difference", b"_forward_difference", "dataset", b"dataset", "forward_difference", b"forward_difference", "num_trainable_parameters", b"num_trainable_parameters", "resumed_from_step", b"resumed_from_step", "target_modules", b"target_modules", "total_steps", b"total_steps"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_forward_difference", b"_forward_difference", "dataset", b"dataset", "forward_difference", b"forward_difference", "num_trainable_parameters", b"num_trainable_parameters", "resumed_from_step", b"resumed_from_step", "target_modules", b"target_modules", "target_parameters", b"target_parameters", "total_steps", b"total_steps"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__forward_difference: _TypeAlias = _typing.Literal["forward_difference"]  # noqa: Y015
     _WhichOneofArgType__forward_difference: _TypeAlias = _typing.Literal["_forward_difference", b"_forward_difference"]  # noqa: Y015
