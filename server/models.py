@@ -9,13 +9,20 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterator, Mapping
-from contextlib import aclosing, contextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Mapping
+from contextlib import aclosing, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
 
-from engine.errors import CancelledError, EngineError, FailedPreconditionError, InvalidArgumentError, NotFoundError
+from engine.errors import (
+    AlreadyExistsError,
+    CancelledError,
+    EngineError,
+    FailedPreconditionError,
+    InvalidArgumentError,
+    NotFoundError,
+)
 from engine.evaluation.embedding_config import NO_PROMPTS, Prompts, read_prompts
 from engine.info import ModelInfo
 from engine.names import validate_name
@@ -150,6 +157,7 @@ class ModelRegistry:
         self._entries = {name: ModelEntry(name, path, configured=True) for name, path in configured.items()}
         self.on_change: Callable[[], Awaitable[None]] | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._being_written: set[str] = set()
 
     async def refresh(self) -> None:
         """Looks which written models there are: new ones become known, removed ones are forgotten once unloaded."""
@@ -171,6 +179,25 @@ class ModelRegistry:
     def path_of_output(self, name: str) -> Path:
         """Where Quantize writes a model of that name."""
         return self._models_dir / validate_name(name, "output")
+
+    @asynccontextmanager
+    async def claim_output(self, name: str) -> AsyncIterator[Path]:
+        """Takes the name of a new model while the body writes it; yields its directory.
+
+        Raises:
+            InvalidArgumentError: the name could be no model's.
+            AlreadyExistsError: a model has it, or another call is writing one of it.
+        """
+        path = self.path_of_output(name)
+        await self.refresh()
+        is_there = await asyncio.to_thread(path.exists)
+        if is_there or name in self._entries.keys() | self._host.models().keys() | self._being_written:
+            raise AlreadyExistsError(f"output is {name!r}, which exists; accepted: a new name", field="output")
+        self._being_written.add(name)
+        try:
+            yield path
+        finally:
+            self._being_written.discard(name)
 
     def get(self, name: str, field: str = "model") -> ModelEntry:
         """A known model, loaded or not.

@@ -1,4 +1,4 @@
-"""The files beside the weights of a quantized checkpoint."""
+"""The files beside the weights of a checkpoint that we write."""
 
 from __future__ import annotations
 
@@ -31,13 +31,14 @@ _CAUSAL_LM = {
 
 
 def write_config(
-    directory: Path, config: ModelConfig, quantization_config: Mapping[str, Any], *, dtype: str, tied: bool
+    directory: Path, config: ModelConfig, quantization_config: Mapping[str, Any] | None, *, dtype: str, tied: bool
 ) -> None:
     """Writes config.json.
 
     The source's own keys are kept. The language model inside a multimodal wrapper is written as the model that it is.
 
     Args:
+        quantization_config: None: nothing is quantized.
         dtype: of the kept weights, as Hugging Face names it.
         tied: whether the head still shares the embeddings.
     """
@@ -49,7 +50,10 @@ def write_config(
             "architectures": [_CAUSAL_LM[config.model_type]],
         }
     values.pop("torch_dtype", None)  # the older name of dtype
-    values |= {"model_type": config.model_type, "dtype": dtype, "quantization_config": dict(quantization_config)}
+    values.pop("quantization_config", None)
+    values |= {"model_type": config.model_type, "dtype": dtype}
+    if quantization_config is not None:
+        values["quantization_config"] = dict(quantization_config)
     if config.task == "generate":
         values["tie_word_embeddings"] = tied
     elif (name := _first(values.get("architectures"))).endswith("ForCausalLM"):

@@ -16,42 +16,32 @@ them in plain types alone.
 
 from __future__ import annotations
 
-import errno
 import math
-import os
-import shutil
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from engine.core.loaded import LoadedModel
-from engine.errors import (
-    AlreadyExistsError,
-    FailedPreconditionError,
-    FormatError,
-    OverloadedError,
-)
+from engine.errors import FailedPreconditionError, FormatError
 from engine.evaluation.scoring import Window
 from engine.info import ModelInfo
 from engine.jobs import JobEvent, JobWarning, QuantizeFinished, QuantizeProgress, QuantizeSpec, TensorError
 from engine.layers.linear import Embedding, Linear
-from engine.loading import Checkpoint, open_checkpoint
-from engine.loading.gguf_checkpoint import GGUFCheckpoint
+from engine.loading import Checkpoint
 from engine.names import validate_name
 from engine.quantization.base import UNQUANTIZED
 from engine.quantization.comparison import Comparison, compare, eval_windows
 from engine.quantization.compressed_tensors import quantization_config
-from engine.quantization.export import copy_companions, write_config, write_generation_config
+from engine.quantization.export import write_config
+from engine.quantization.output import new_model, refuse_taken, save_companions
 from engine.quantization.packing import pack, pack_outputs
 from engine.quantization.plan import PlannedTensor, QuantizationPlan, SourceModel, plan_quantization
 from engine.quantization.quantize import quantize_rows
-from engine.quantization.safetensors_writer import SafetensorsWriter, sync_directory
-from engine.tokenizer import Tokenizer
-from engine.tokenizer.hf_files import FILES
+from engine.quantization.safetensors_writer import SafetensorsWriter
+from engine.quantization.source import named_tensors, open_source, read_stored, source_bytes
 
 SLICE_ELEMENTS = 1 << 17
 """Elements quantized in one slice; with the search for ranges about 30 ms on one core."""
@@ -77,10 +67,8 @@ def quantize(
         OverloadedError: from the generator: the disk is full.
     """
     validate_name(spec.output_name, "output_name")
-    if not spec.dry_run and Path(spec.output_dir).exists():
-        raise AlreadyExistsError(
-            f"output {spec.output_name!r} exists; accepted: a name that is not taken", field="output_name"
-        )
+    if not spec.dry_run:
+        refuse_taken(spec.output_name, Path(spec.output_dir))
     checkpoint = _open_source(loaded)
     model = loaded.model
     plan = plan_quantization(
@@ -89,7 +77,7 @@ def quantize(
             name=loaded.info.name,
             linears=[m.name for m in model.modules() if isinstance(m, Linear)],
             embeddings=[m.name for m in model.modules() if isinstance(m, Embedding)],
-            tensors=_named_tensors(model),
+            tensors=named_tensors(model),
             is_causal=loaded.config.task == "generate",
             tied=loaded.config.task == "generate" and loaded.config.tie_word_embeddings,
         ),
@@ -108,22 +96,7 @@ def _open_source(loaded: LoadedModel) -> Checkpoint:
             field="model",
             reason="ALREADY_QUANTIZED",
         )
-    checkpoint = open_checkpoint(Path(loaded.info.path))
-    if checkpoint.digest() != loaded.info.weights_digest:
-        raise FailedPreconditionError(
-            f"the files of model {loaded.info.name!r} have changed since it was loaded; load it again",
-            field="model",
-            reason="SOURCE_CHANGED",
-        )
-    return checkpoint
-
-
-def _named_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and persistent buffers, shared ones once."""
-    unique: dict[int, tuple[str, Tensor]] = {}
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        unique.setdefault(id(tensor), (name, tensor))
-    return dict(unique.values())
+    return open_source(loaded)
 
 
 def _run(
@@ -143,27 +116,17 @@ def _run(
         yield from _tensors(spec, loaded, checkpoint, plan, errors, None)
     else:
         output = Path(spec.output_dir)
-        try:
-            output.parent.mkdir(parents=True, exist_ok=True)
-            staging = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
-        except OSError as error:
-            raise _disk_error(output, error) from error
-        try:
+        with new_model(output) as staging:
             with SafetensorsWriter(staging, plan.entries()) as writer:
                 yield from _tensors(spec, loaded, checkpoint, plan, errors, writer)
                 bytes_out = writer.finish()
             yield from _write_companions(spec, loaded, checkpoint, plan, staging, tokenizer_path)
             if windows:
                 yield from compare(spec, loaded, staging, windows, evaluation, len(plan.tensors))
-            _publish(staging, output)
-        except OSError as error:
-            raise _disk_error(output, error) from error
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)  # gone already, if it was published
         if spec.load:
             yield None
             load(spec.output_name, output)
-    bytes_in = _source_bytes(checkpoint)
+    bytes_in = source_bytes(checkpoint)
     yield QuantizeFinished(
         job_id=spec.job_id,
         output_name=spec.output_name,
@@ -191,9 +154,9 @@ def _tensors(
     writer: SafetensorsWriter | None,
 ) -> Iterator[JobEvent | None]:
     """Quantizes or copies every tensor; adds to ``errors`` one of each that is quantized."""
-    resident = _named_tensors(loaded.model)
+    resident = named_tensors(loaded.model)
     for done, item in enumerate(plan.tensors, start=1):
-        value = _read(checkpoint, item, resident[item.source])
+        value = read_stored(checkpoint, item.stored, resident[item.source])
         if item.quantized:
             yield from _quantize_tensor(plan, item, value, errors, writer)
         elif writer is not None:
@@ -205,13 +168,6 @@ def _tensors(
             tensors_total=len(plan.tensors),
             tensor=item.name,
         )
-
-
-def _read(checkpoint: Checkpoint, item: PlannedTensor, resident: Tensor) -> Tensor:
-    """A tensor of the source in its stored precision."""
-    if isinstance(checkpoint, GGUFCheckpoint) and resident.dtype == torch.float32:
-        return resident.detach()  # what the file would be dequantized to once more
-    return checkpoint.get(item.stored)
 
 
 @torch.no_grad()
@@ -285,7 +241,6 @@ def _write_companions(
     tokenizer_path: Path,
 ) -> Iterator[JobEvent]:
     """Configuration, tokenizer, and whatever else belongs to the model."""
-    source = checkpoint.path
     kept = [item.dtype for item in plan.tensors if len(item.shape) > 1]
     write_config(
         staging,
@@ -294,46 +249,10 @@ def _write_companions(
         dtype=str(kept[0]).removeprefix("torch."),
         tied=plan.tied,
     )
-    if source.is_dir():
-        copy_companions(source, staging)
-    elif loaded.config.task == "generate":
-        write_generation_config(staging, loaded.config)
-    if tokenizer_path.is_dir() and not any((tokenizer_path / name).is_file() for name in FILES):
+    if not save_companions(checkpoint, loaded.config, tokenizer_path, staging):
         yield JobWarning(
             job_id=spec.job_id,
             step=None,
             reason="NO_TOKENIZER",
             message=f"model {loaded.info.name!r} has no tokenizer files, so neither has {spec.output_name!r}",
         )
-    else:
-        Tokenizer.from_path(tokenizer_path).save(staging)
-
-
-def _publish(staging: Path, output: Path) -> None:
-    """Flushes what is staged and gives it its name."""
-    for directory, _, files in os.walk(staging):
-        for name in files:
-            descriptor = os.open(os.path.join(directory, name), os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
-        sync_directory(Path(directory))
-    staging.chmod(0o755)  # mkdtemp keeps it to its owner
-    if output.exists():
-        raise AlreadyExistsError(f"{output.name!r} came to exist meanwhile", field="output_name")
-    staging.rename(output)
-    sync_directory(output.parent)
-
-
-def _disk_error(output: Path, error: OSError) -> OverloadedError:
-    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-    return OverloadedError(
-        f"cannot write model {output.name!r}: {error.strerror or error}", reason="DISK_FULL" if full else "DISK_ERROR"
-    )
-
-
-def _source_bytes(checkpoint: Checkpoint) -> int:
-    if isinstance(checkpoint, GGUFCheckpoint):
-        return checkpoint.path.stat().st_size
-    return checkpoint.stored_bytes

@@ -11,12 +11,12 @@ from torch import Tensor
 from engine.errors import InvalidArgumentError
 from engine.jobs import QuantizeSpec
 from engine.loading.checkpoint import Checkpoint
-from engine.loading.gguf_checkpoint import GGUFCheckpoint
 from engine.loading.weights import match_names
 from engine.quantization.int4 import GROUP_SIZES, Int4Grouped
 from engine.quantization.int8 import Int8PerChannel
 from engine.quantization.packing import Bits, packed_width
 from engine.quantization.safetensors_writer import TensorEntry
+from engine.quantization.source import stored_dtype
 
 HEAD = "lm_head"
 
@@ -140,7 +140,7 @@ def plan_quantization(spec: QuantizeSpec, model: SourceModel, checkpoint: Checkp
     stored = match_names(checkpoint.names(), model.tensors, encoder=not model.is_causal)
     planned = []
     for name, tensor in model.tensors.items():
-        dtype, shape = _stored_dtype(checkpoint, stored[name], tensor), tuple(tensor.shape)
+        dtype, shape = stored_dtype(checkpoint, stored[name], tensor), tuple(tensor.shape)
         planned.append(PlannedTensor(modules.get(name, name), name, stored[name], name in modules, shape, dtype))
         # The first: a head for multi-token prediction may have embeddings as well.
         if model.tied and spec.quantize_head and name == f"{model.embeddings[0]}.weight":
@@ -172,21 +172,3 @@ def _check_groups(tensors: list[PlannedTensor], group_size: int) -> None:
                 f"model: {', '.join(fitting) or 'none, use scheme q8'}",
                 field="group_size",
             )
-
-
-def _stored_dtype(checkpoint: Checkpoint, name: str, resident: Tensor) -> torch.dtype:
-    """The type in which a tensor of the source is kept, or in which its scales are."""
-    if not isinstance(checkpoint, GGUFCheckpoint):
-        dtype = checkpoint.get(name).dtype  # a view of the mapping, which reads nothing
-        return torch.float32 if dtype == torch.float64 else dtype
-    if not resident.is_floating_point():
-        return resident.dtype
-    return torch.float32 if resident.dim() < 2 else _gguf_dtype(checkpoint)
-
-
-def _gguf_dtype(checkpoint: GGUFCheckpoint) -> torch.dtype:
-    """One type for all matrices of a GGUF file: bfloat16, unless the file has only types that torch has as well."""
-    kinds = {tensor.type_id for tensor in checkpoint.file.tensors.values() if len(tensor.shape) > 1}
-    if kinds == {0}:
-        return torch.float32
-    return torch.float16 if kinds <= {0, 1} else torch.bfloat16

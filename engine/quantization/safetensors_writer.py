@@ -72,6 +72,7 @@ class SafetensorsWriter:
         self._pending.reverse()
         self._shard = -1
         self._file: BinaryIO | None = None
+        self._bytes_left = 0  # of the tensor that write_rows has begun
 
     def __enter__(self) -> Self:
         return self
@@ -90,6 +91,20 @@ class SafetensorsWriter:
             self._file = self._next_file(shard)
         data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
         self._file.write(data.numpy().data)
+
+    def write_rows(self, name: str, rows: Tensor) -> None:
+        """Appends a part of the next declared tensor, whose parts come one after the other in the order of memory."""
+        shard, entry = self._pending[-1]
+        assert (entry.name, entry.dtype) == (name, rows.dtype), (entry, name)
+        if self._file is None or shard != self._shard:
+            self._file = self._next_file(shard)
+        self._bytes_left = self._bytes_left or entry.num_bytes
+        data = rows.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        self._file.write(data.numpy().data)
+        self._bytes_left -= data.numel()
+        assert self._bytes_left >= 0, entry
+        if self._bytes_left == 0:
+            self._pending.pop()
 
     def finish(self) -> int:
         """Flushes the last file, writes the index of several, and returns the bytes of the tensor files on disk."""

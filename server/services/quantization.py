@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import aclosing
+from contextlib import aclosing, nullcontext
 
-from engine.errors import AlreadyExistsError, InvalidArgumentError
+from engine.errors import InvalidArgumentError
 from engine.jobs import QuantizeFinished, QuantizeProgress, QuantizeSpec
 from engine.names import validate_name
 from server import convert
@@ -26,7 +25,6 @@ class QuantizationService(quantization_pb2_grpc.QuantizationServiceServicer):
     def __init__(self, services: Services) -> None:
         self._services = services
         self._works: SharedWork[quantization_pb2.QuantizeResponse] = SharedWork()
-        self._being_written: set[str] = set()
 
     async def Quantize(
         self, request: quantization_pb2.QuantizeRequest, context: Context
@@ -45,9 +43,7 @@ class QuantizationService(quantization_pb2_grpc.QuantizationServiceServicer):
         services = self._services
         with services.working_on(request.model) as model:
             output = validate_name(request.output, "output")
-            if not request.dry_run:
-                await self._claim(output)
-            try:
+            async with nullcontext() if request.dry_run else services.models.claim_output(output):
                 spec = await self._spec(request, model, output)
                 async with aclosing(services.job_events(spec, model)) as events:
                     async for event in events:
@@ -55,23 +51,6 @@ class QuantizationService(quantization_pb2_grpc.QuantizationServiceServicer):
                             yield convert.to_quantize_progress(event)
                         elif isinstance(event, QuantizeFinished):
                             yield await self._report(event, spec, call)
-            finally:
-                if not request.dry_run:
-                    self._being_written.discard(output)
-
-    async def _claim(self, output: str) -> None:
-        """Takes the name of the new model, which no model has, so that no other call takes it meanwhile.
-
-        Raises:
-            AlreadyExistsError: it is taken.
-        """
-        models = self._services.models
-        await models.refresh()
-        is_there = await asyncio.to_thread(models.path_of_output(output).exists)
-        known = {entry.name for entry in models.entries()} | self._services.pool.models().keys() | self._being_written
-        if is_there or output in known:
-            raise AlreadyExistsError(f"output is {output!r}, which exists; accepted: a new name", field="output")
-        self._being_written.add(output)
 
     async def _report(
         self, event: QuantizeFinished, spec: QuantizeSpec, call: Call
