@@ -224,9 +224,7 @@ class Engine:
         Args:
             force: also one that was trained on other base weights, if the shapes fit.
         """
-        info = self._model(model).adapters.add_from_path(validate_name(name, "adapter"), Path(path), force=force)
-        self._forget(model, name)
-        return info
+        return self._model(model).adapters.add_from_path(validate_name(name, "adapter"), Path(path), force=force)
 
     def import_adapter(self, model: str, name: str, staged_dir: str | Path, *, force: bool = False) -> AdapterInfo:
         """Checks an uploaded PEFT directory and publishes it as a new version; the staged directory is used up.
@@ -253,7 +251,6 @@ class Engine:
     def delete_adapter(self, model: str, name: str, version: int | None = None) -> None:
         """Deletes a version, or all of them, from disk."""
         self._model(model).adapters.delete(name, version)
-        self._forget(model, name)
 
     def rename_adapter(self, model: str, name: str, new_name: str, *, on_disk: bool = True) -> None:
         """Gives an adapter another name; see AdapterStore.rename. Requests in flight keep what they have.
@@ -270,8 +267,6 @@ class Engine:
                     reason="ADAPTER_BUSY",
                 )
         self._model(model).adapters.rename(name, new_name, on_disk=on_disk)
-        self._forget(model, name)
-        self._forget(model, new_name)
 
     def prune_adapters(
         self,
@@ -325,12 +320,6 @@ class Engine:
         """The runner in which that request is live."""
         runners = (loaded.runner for loaded in self._models.values())
         return next((r for r in runners if r is not None and r.is_live(request_id)), None)
-
-    def _forget(self, model: str, adapter: str) -> None:
-        """The adapter's name and version may now stand for other weights than the prefix cache was computed with."""
-        runner = self._model(model).runner
-        if runner is not None:
-            runner.forget_adapter(adapter)
 
     def _model(self, name: str) -> LoadedModel:
         if name not in self._models:

@@ -45,6 +45,7 @@ from whet.events import (
 )
 from whet.types import (
     Adaptation,
+    AdapterChoice,
     AdapterInfo,
     AdapterVersion,
     Chunk,
@@ -72,6 +73,7 @@ __version__ = "0.1.0"
 __all__ = [
     "TLS",
     "Adaptation",
+    "AdapterChoice",
     "AdapterInfo",
     "AdapterVersion",
     "AlreadyExistsError",

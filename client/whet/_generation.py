@@ -19,7 +19,7 @@ from whet._values import (
     seconds,
 )
 from whet.options import GenerateOptions
-from whet.types import Chunk, Completion, Prompt, Reply, Timings, TokenLogprob, Usage
+from whet.types import AdapterChoice, Chunk, Completion, Prompt, Reply, Timings, TokenLogprob, Usage
 from whet.v1 import common_pb2, generation_pb2
 
 _SAMPLING = (
@@ -44,6 +44,31 @@ def generate_request(prompt: Prompt, model: str, options: GenerateOptions) -> ge
     )
     fill(request, options, ("n", "stop", "echo", "priority", "cache_salt"))
     return request
+
+
+def each_adapter(adapters: Sequence[AdapterChoice], options: GenerateOptions) -> list[GenerateOptions]:
+    """The options of one request per adapter.
+
+    Raises:
+        InvalidArgumentError: there are no adapters, one is not a choice, or the options name one, too.
+    """
+    if isinstance(adapters, str) or not isinstance(adapters, Sequence) or not adapters:
+        reject("adapters", adapters, "a list of None, names, or (name, version), at least one")
+    for name in ("adapter", "adapter_version"):
+        if options.get(name) is not None:
+            reject(name, options.get(name), "none, as adapters says which")
+    request_id = options.get("request_id")
+    chosen: list[GenerateOptions] = []
+    for index, choice in enumerate(adapters):
+        adapter, version = choice if isinstance(choice, tuple) and len(choice) == 2 else (choice, None)
+        known = adapter is None or isinstance(adapter, str)
+        if not known or not (version is None or (isinstance(version, int) and adapter is not None)):
+            reject(f"adapters[{index}]", choice, "None, a name, or (name, version)")
+        each: GenerateOptions = {**options, "adapter": adapter, "adapter_version": version}
+        if request_id is not None:
+            each["request_id"] = f"{request_id}-{index}"
+        chosen.append(each)
+    return chosen
 
 
 def _alternatives(asked: object) -> object:

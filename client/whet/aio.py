@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,6 +23,7 @@ from whet._values import new_request_id
 from whet.options import AdaptOptions, GenerateOptions, QuantizeOptions, TrainOptions
 from whet.types import (
     Adaptation,
+    AdapterChoice,
     AdapterInfo,
     Embeddings,
     ModelInfo,
@@ -129,6 +131,24 @@ class AsyncClient:
         """``generate``, collected."""
         async with self.generate(prompt, model=model, **options) as stream:
             return await stream.result()
+
+    async def compare(
+        self, prompt: Prompt, *, model: str, adapters: Sequence[AdapterChoice], **options: Unpack[GenerateOptions]
+    ) -> list[Reply]:
+        """``complete`` with each of several adapters, side by side: the requests run together, share each batch's base
+        products, and cached prefixes where equal weights act.
+
+        Args:
+            adapters: None for the base, a name, or a name and version.
+            options: of each; the request ids are ``request_id`` with the number of the adapter behind it, if given.
+        Returns: a reply per adapter, in their order.
+        """
+        async with contextlib.AsyncExitStack() as stack:
+            streams = [
+                await stack.enter_async_context(self.generate(prompt, model=model, **each))
+                for each in _generation.each_adapter(adapters, options)
+            ]
+            return [await stream.result() for stream in streams]
 
     async def tokenize(
         self, prompt: Prompt, *, model: str, add_special_tokens: bool | None = None, timeout: float | None = None

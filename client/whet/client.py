@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ from whet._values import new_request_id
 from whet.options import AdaptOptions, GenerateOptions, QuantizeOptions, TrainOptions
 from whet.types import (
     Adaptation,
+    AdapterChoice,
     AdapterInfo,
     Embeddings,
     ModelInfo,
@@ -110,6 +112,24 @@ class Client:
         """``generate``, collected."""
         with self.generate(prompt, model=model, **options) as stream:
             return stream.result()
+
+    def compare(
+        self, prompt: Prompt, *, model: str, adapters: Sequence[AdapterChoice], **options: Unpack[GenerateOptions]
+    ) -> list[Reply]:
+        """``complete`` with each of several adapters, side by side: the requests run together, share each batch's base
+        products, and cached prefixes where equal weights act.
+
+        Args:
+            adapters: None for the base, a name, or a name and version.
+            options: of each; the request ids are ``request_id`` with the number of the adapter behind it, if given.
+        Returns: a reply per adapter, in their order.
+        """
+        with contextlib.ExitStack() as stack:
+            streams = [
+                stack.enter_context(self.generate(prompt, model=model, **each))
+                for each in _generation.each_adapter(adapters, options)
+            ]
+            return [stream.result() for stream in streams]
 
     def tokenize(
         self, prompt: Prompt, *, model: str, add_special_tokens: bool | None = None, timeout: float | None = None

@@ -13,6 +13,9 @@ from typing import Any
 Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
 """Text, token ids, or chat messages ``[{"role": …, "content": …}]``."""
 
+AdapterChoice = str | tuple[str, int | None] | None
+"""An adapter's live version, one of its versions, or None for the base."""
+
 FinishReason = str
 """Why a completion ended: "stop" or "length"."""
 

@@ -15,24 +15,20 @@ from hashlib import blake2b
 DIGEST_BYTES = 32
 
 
-def root_hash(
-    model: str, adapter: str | None, adapter_version: int | None, cache_salt: str = "", generation: int = 0
-) -> bytes:
+def root_hash(model: str, weights: bytes = b"", cache_salt: str = "") -> bytes:
     """The parent of the first block: all that must be equal, besides tokens, for keys and values to be equal.
+
+    An adapter counts by what it does, not by name: no update of it can meet a stale prefix, while equal weights under
+    two names, or an adapter that does nothing and the base, share theirs.
 
     Args:
         model: name of the model.
-        adapter: name of the adapter; None for the base, which differs from an adapter named "".
-        adapter_version: None for the base.
+        weights: identifies what acts besides the base (engine.lora.adapter.Adapter.weights_digest); empty for nothing.
         cache_salt: keeps tenants apart, so that one cannot time what another has asked.
-        generation: grows when other weights may appear under the same adapter name and version.
     """
     hasher = blake2b(digest_size=DIGEST_BYTES, person=b"whet-prefix")
-    for part in (model, adapter, adapter_version, cache_salt, generation):
-        # Kind and length before each part: no two different tuples are written alike.
-        kind = b"n" if part is None else b"i" if isinstance(part, int) else b"s"
-        data = b"" if part is None else str(part).encode("utf-8", "surrogatepass")
-        hasher.update(kind + len(data).to_bytes(8, "little") + data)
+    for part in (model.encode("utf-8", "surrogatepass"), weights, cache_salt.encode("utf-8", "surrogatepass")):
+        hasher.update(len(part).to_bytes(8, "little") + part)  # no two different tuples are written alike
     return hasher.digest()
 
 

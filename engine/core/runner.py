@@ -297,7 +297,3 @@ class Runner:
     def adapters_held(self) -> set[tuple[str, int]]:
         """Names and versions of the adapters of all live requests."""
         return self._scheduler.adapters_held()
-
-    def forget_adapter(self, name: str) -> None:
-        """No later request shares prefixes with earlier ones of that adapter."""
-        self._scheduler.forget_adapter(name)

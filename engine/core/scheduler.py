@@ -13,7 +13,7 @@ from __future__ import annotations
 import bisect
 import itertools
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -118,7 +118,6 @@ class Scheduler:
         self._running: list[Sequence] = []
         self._live: dict[str, list[Sequence]] = {}  # by request id
         self._arrivals = itertools.count()
-        self._generations: Counter[str] = Counter()
         self._finish_times: deque[float] = deque(maxlen=FINISHES_REMEMBERED)
 
     @property
@@ -149,13 +148,6 @@ class Scheduler:
         """Names and versions of the adapters of all live sequences."""
         live = (sequence.adapter for sequences in self._live.values() for sequence in sequences)
         return {(adapter.name, adapter.version) for adapter in live if adapter is not None}
-
-    def forget_adapter(self, name: str) -> None:
-        """No later request shares prefixes with an earlier one of this adapter.
-
-        Call when a name and version may come to stand for other weights (deleted and made again, loaded again).
-        """
-        self._generations[name] += 1
 
     def add(self, sequences: list[Sequence]) -> None:
         """Queues the sequences of one request: all of them or, on an error, none.
@@ -188,18 +180,14 @@ class Scheduler:
                 retry_after_seconds=self._seconds_until(self.num_waiting + len(sequences) - free_places),
             )
         adapter = first.adapter
-        root = root_hash(
-            self._model,
-            None if adapter is None else adapter.name,
-            first.adapter_version,
-            request.cache_salt,
-            0 if adapter is None else self._generations[adapter.name],
-        )
+        root = root_hash(self._model, b"" if adapter is None else adapter.weights_digest(), request.cache_salt)
         arrival = next(self._arrivals)
         for sequence in sequences:
             sequence.arrival_number = arrival
             sequence.prefix_root = root
             sequence.leader = None if sequence is first else first
+        first.leader = self._twin(first)
+        for sequence in sequences:
             bisect.insort(self._waiting, sequence, key=Sequence.order)
         self._live[request.request_id] = list(sequences)
 
@@ -228,6 +216,7 @@ class Scheduler:
         sequence.status = SequenceStatus.FINISHED
         sequence.finish_reason = reason
         sequence.error = error
+        sequence.leader = None  # or each would keep the one before it in memory
         sequence.finish_time = self._clock()
         self._finish_times.append(sequence.finish_time)
         siblings = self._live[sequence.request.request_id]
@@ -336,8 +325,25 @@ class Scheduler:
             needed += self.cache.blocks_needed(running, soon - running.num_computed_tokens)
         return needed - self.cache.num_free_blocks
 
+    def _twin(self, first: Sequence) -> Sequence | None:
+        """A live sequence, ahead in order, whose prompt has the same contents in the cache: as when the base and an
+        adapter that does nothing yet are asked the same at once."""
+        if not self.cache.shares_prefixes or first.collects_prompt_logprobs:
+            return None
+        prompt = first.token_ids
+        for live in self._live.values():
+            other = live[0]
+            if (
+                other.prefix_root == first.prefix_root
+                and other.num_prompt_tokens == len(prompt)
+                and other.request.priority <= first.request.priority
+                and other.request.prompt_token_ids == prompt
+            ):
+                return other
+        return None
+
     def _shares_with_leader(self, sequence: Sequence) -> bool:
-        """Whether it pays to wait: the first completion of its request is computing the prompt they share."""
+        """Whether it pays to wait: another sequence is computing the prompt they share."""
         leader = sequence.leader
         return (
             leader is not None

@@ -46,7 +46,8 @@ class Sequence:
         num_computed_tokens: leading tokens whose keys and values are in the cache.
         num_cached_tokens: prompt tokens that were found in the prefix cache when it first ran.
         block_table, prefix_root, block_hashes: see engine.cache.base.CachedSequence.
-        leader: the first completion of the same request, whose prompt this one waits to share; None for the first.
+        leader: the sequence whose computed prompt this one waits to share: the first completion of its request, or one
+            of another request with the same prompt; None if there is no such.
         arrival_number: order of arrival, given by the scheduler.
         num_preemptions: times that it lost its blocks.
         logprobs: of the completion's tokens that were not yet reported, if asked for.

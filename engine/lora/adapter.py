@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from hashlib import blake2b
 
 import torch
 import torch.nn.functional as F
@@ -37,6 +38,7 @@ class Adapter:
     modules: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     dropout: float = 0.0
     alphas: dict[str, float] = field(default_factory=dict)
+    _digest: bytes | None = field(default=None, init=False, repr=False, compare=False)
 
     def rank_of(self, name: str) -> int:
         """Rank of that module's update."""
@@ -46,6 +48,25 @@ class Adapter:
         """What B A x of that module is multiplied by."""
         rank = self.rank_of(name)
         return self.alphas.get(name, self.alpha) / (math.sqrt(rank) if self.use_rslora else rank)
+
+    def weights_digest(self) -> bytes:
+        """Identifies what the adapter does to the base, whatever its name and version: equal digests mean equal keys,
+        values and states. b"" for one that does nothing, as all its B are zero.
+
+        Computed once, at about 1 GB/s, and kept: for adapters whose tensors change no more.
+        """
+        if self._digest is None:
+            hasher, acts = blake2b(digest_size=32, person=b"whet-adapter"), False
+            for name in sorted(self.modules):
+                if not bool(self.modules[name][1].any()) or self.scaling(name) == 0.0:
+                    continue  # A is finite, as the loader sees to
+                acts = True
+                hasher.update(f"{len(name)} {name} {self.scaling(name)!r}".encode())
+                for tensor in self.modules[name]:
+                    hasher.update(f" {tensor.dtype} {tuple(tensor.shape)} ".encode())
+                    hasher.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            self._digest = hasher.digest() if acts else b""
+        return self._digest
 
     def num_parameters(self) -> int:
         return sum(a.numel() + b.numel() for a, b in self.modules.values())

@@ -475,6 +475,7 @@ class AdapterStore:
     # -------------------------------------------------------------------------------------------------------- memory
 
     def _make_live(self, name: str, adapter: Adapter) -> None:
+        adapter.weights_digest()  # now, rather than before the first request
         self._live[name] = adapter
         self._old.pop((name, adapter.version), None)
         state = self._stored.state(name)

@@ -22,7 +22,7 @@ class Holder:
     """The least that a cache manager needs."""
 
     token_ids: list[int]
-    prefix_root: bytes = root_hash("m", None, None)
+    prefix_root: bytes = root_hash("m")
     num_computed_tokens: int = 0
     block_table: list[int] = field(default_factory=list)
     block_hashes: list[bytes] = field(default_factory=list)
@@ -78,9 +78,7 @@ def test_a_second_sequence_takes_full_blocks_and_leaves_its_last_token() -> None
     assert longer.block_table == first.block_table
 
 
-@pytest.mark.parametrize(
-    "root", [root_hash("m", "a", 1), root_hash("m", None, None, "salt"), root_hash("n", None, None)]
-)
+@pytest.mark.parametrize("root", [root_hash("m", b"a"), root_hash("m", b"", "salt"), root_hash("n")])
 def test_no_hit_across_roots(root: bytes) -> None:
     """Equal tokens under another adapter, salt or model are not the same prefix."""
     manager, memory = manager_and_memory()
@@ -170,7 +168,7 @@ class ManagerMachine(RuleBasedStateMachine):
 
     @rule(tokens=st.lists(st.integers(0, 1), min_size=1, max_size=14), salt=st.sampled_from(["", "s"]))
     def arrive(self, tokens: list[int], salt: str) -> None:
-        holder = Holder(tokens, prefix_root=root_hash("m", None, None, salt))
+        holder = Holder(tokens, prefix_root=root_hash("m", b"", salt))
         matched = self.manager.match_prefix(holder)
         assert matched < len(tokens)
         assert matched % BLOCK_SIZE == 0

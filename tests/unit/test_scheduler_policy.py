@@ -10,6 +10,7 @@ from engine.core.sequence import Sequence, SequenceStatus, new_sequences
 from engine.errors import InternalError, InvalidArgumentError, OutOfRangeError, OverloadedError
 from engine.lora.adapter import Adapter
 from engine.request import Request, SamplingParams
+from tests.unit.test_scheduler_properties import adapter_of
 
 BLOCK_SIZE = 4
 
@@ -47,7 +48,7 @@ def add(
     priority: int = 0,
     max_tokens: int | None = None,
     salt: str = "",
-    adapter: tuple[str, int] | None = None,
+    adapter: Adapter | None = None,
     prompt_logprobs: int | None = None,
 ) -> list[Sequence]:
     """Queues a request; a prompt given as a number is that many tokens found in no other prompt."""
@@ -65,7 +66,7 @@ def add(
         ),
         eos_token_ids=[0],
         max_model_len=scheduler.max_model_len,
-        adapter=None if adapter is None else Adapter(name=adapter[0], version=adapter[1], rank=1, alpha=1.0),
+        adapter=adapter,
         arrival_time=100.0,
     )
     scheduler.add(sequences)
@@ -232,29 +233,50 @@ def test_prompt_logprobs_compute_the_whole_prompt() -> None:
 
 
 @pytest.mark.parametrize(
-    ("salt", "adapter", "forget", "hit"),
+    ("salt", "before", "after", "hit"),
     [
-        ("", ("a", 1), False, 8),
-        ("s", ("a", 1), False, 0),
-        ("", ("a", 2), False, 0),
-        ("", ("b", 1), False, 0),
-        ("", None, False, 0),
-        ("", ("a", 1), True, 0),
+        ("", adapter_of("a", 1, 2.0), adapter_of("a", 1, 2.0), 8),
+        ("s", adapter_of("a", 1, 2.0), adapter_of("a", 1, 2.0), 0),
+        ("", adapter_of("a", 1, 2.0), adapter_of("a", 2, 3.0), 0),
+        ("", adapter_of("a", 1, 2.0), adapter_of("a", 1, 3.0), 0),
+        ("", adapter_of("a", 1, 2.0), adapter_of("a", 2, 2.0), 8),
+        ("", adapter_of("a", 1, 2.0), adapter_of("b", 1, 2.0), 8),
+        ("", adapter_of("a", 1, 2.0), None, 0),
+        ("", adapter_of("a", 1, 0.0), None, 8),
+        ("", None, adapter_of("a", 1, 0.0), 8),
     ],
 )
-def test_prefixes_are_shared_only_by_equal_weights_and_salt(
-    salt: str, adapter: tuple[str, int] | None, forget: bool, hit: int
+def test_prefixes_are_shared_by_equal_weights_and_salt_alone(
+    salt: str, before: Adapter | None, after: Adapter | None, hit: int
 ) -> None:
-    """An adapter's update, another tenant or a replaced adapter never gets a stale prefix."""
+    """An adapter's update, another tenant or a replaced adapter never gets a stale prefix; the same weights under
+    another name or version do, and an adapter that does nothing is the base."""
     scheduler = make()
     prompt = list(range(1, 11))
-    add(scheduler, "first", prompt, adapter=("a", 1), max_tokens=1)
+    add(scheduler, "first", prompt, adapter=before, max_tokens=1)
     run(scheduler)
-    if forget:
-        scheduler.forget_adapter("a")
-    (second,) = add(scheduler, "second", prompt, adapter=adapter, salt=salt, max_tokens=1)
+    (second,) = add(scheduler, "second", prompt, adapter=after, salt=salt, max_tokens=1)
     run(scheduler)
     assert second.num_cached_tokens == hit
+
+
+def test_a_prompt_that_is_being_computed_is_waited_for() -> None:
+    """Two requests of one prompt at once: the second begins when it can share, in the step after; another prompt, other
+    weights or a more urgent request does not wait, and no chain of leaders is kept."""
+    scheduler = make()
+    prompt = list(range(1, 11))
+    (first,) = add(scheduler, "first", prompt)
+    (twin,) = add(scheduler, "twin", prompt, adapter=adapter_of("a", 1, 0.0))
+    (third,) = add(scheduler, "third", prompt, adapter=adapter_of("b", 1, 1.0))
+    add(scheduler, "urgent", prompt, priority=-1)
+    assert run(scheduler) == {"first": 10, "third": 10, "urgent": 10}
+    assert run(scheduler) == {"first": 1, "third": 1, "urgent": 1, "twin": 2}
+    assert (twin.num_cached_tokens, third.num_cached_tokens) == (8, 0)
+    assert twin.leader is not None
+    scheduler.abort("twin")
+    assert twin.leader is None
+    scheduler.abort("first")
+    assert first.is_finished
 
 
 def test_a_full_queue_says_when_to_come_back() -> None:
@@ -306,9 +328,9 @@ def test_tokens_after_the_one_that_ends_do_not_count() -> None:
 
 def test_adapters_of_waiting_and_running() -> None:
     scheduler = make(running=1)
-    add(scheduler, "a", 4, adapter=("x", 1))
-    add(scheduler, "b", 4, adapter=("y", 1))
-    add(scheduler, "c", 4, adapter=("y", 2))
+    add(scheduler, "a", 4, adapter=adapter_of("x", 1, 1.0))
+    add(scheduler, "b", 4, adapter=adapter_of("y", 1, 2.0))
+    add(scheduler, "c", 4, adapter=adapter_of("y", 2, 3.0))
     run(scheduler)
     assert (scheduler.adapters_running(), scheduler.adapters_waiting()) == (["x"], ["y"])
 

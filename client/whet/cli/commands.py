@@ -8,7 +8,7 @@ import whet
 from whet.cli.adapt import adapt
 from whet.cli.adapters import adapters
 from whet.cli.app import run, settings_options
-from whet.cli.generate import chat, generate, tokenize
+from whet.cli.generate import chat, compare, generate, tokenize
 from whet.cli.manage import models
 from whet.cli.measure import embed, perplexity, quantize
 from whet.cli.train import runs, train
@@ -21,7 +21,9 @@ def cli() -> None:
     """Use a Whet server."""
 
 
-for command in (chat, generate, train, adapt, quantize, perplexity, embed, models, adapters, runs, tokenize):
+for command in (
+    chat, generate, compare, train, adapt, quantize, perplexity, embed, models, adapters, runs, tokenize,
+):  # fmt: skip
     cli.add_command(command)
 
 __all__ = ["cli", "run"]

@@ -1,7 +1,8 @@
-"""chat, generate, tokenize."""
+"""chat, generate, compare, tokenize."""
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -10,7 +11,7 @@ import click
 
 from whet import Client, WhetError
 from whet.cli.app import Settings, given, pick_model, progress_console, read_text, settings_options
-from whet.types import Prompt, Reply
+from whet.types import AdapterChoice, Prompt, Reply
 
 FunctionT = TypeVar("FunctionT", bound=Callable[..., Any])
 
@@ -25,16 +26,22 @@ _SAMPLING: tuple[tuple[str, Any, str], ...] = (
     ("presence-penalty", float, "0 is none."),
     ("frequency-penalty", float, "0 is none."),
     ("seed", int, "Same seed, same output."),
+)
+_ADAPTER: tuple[tuple[str, Any, str], ...] = (
     ("adapter", str, "LoRA adapter of the model."),
     ("adapter-version", int, "Default: the live one."),
 )
 
 
-def sampling_options(**defaults: float) -> Callable[[FunctionT], FunctionT]:
-    """The options of chat and generate; those without a default here have the server's."""
+def sampling_options(*, one_adapter: bool = True, **defaults: float) -> Callable[[FunctionT], FunctionT]:
+    """The options of chat, generate and compare; those without a default here have the server's.
+
+    Args:
+        one_adapter: with --adapter and --adapter-version.
+    """
 
     def decorate(function: FunctionT) -> FunctionT:
-        for name, kind, text in reversed(_SAMPLING):
+        for name, kind, text in reversed((*_SAMPLING, *(_ADAPTER if one_adapter else ()))):
             default = defaults.get(name.replace("-", "_"))
             shown = text if default is None else f"{text} Default: {default}."
             function = click.option(f"--{name}", type=kind, default=default, help=shown)(function)
@@ -90,6 +97,54 @@ def _remark(reply: Reply) -> None:
         + (f", {speed:.1f} tokens/s" if speed is not None else "")
         + "[/dim]"
     )
+
+
+def _adapter_choice(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> list[AdapterChoice]:
+    """NAME or NAME@VERSION, each."""
+    choices: list[AdapterChoice] = []
+    for value in values:
+        name, at, version = value.partition("@")
+        if not name or (at and not version.isdecimal()):
+            raise click.BadParameter(f"{value!r}; accepted: NAME or NAME@VERSION")
+        choices.append((name, int(version)) if at else name)
+    return choices
+
+
+@click.command()
+@click.argument("prompt", required=False)
+@click.option("--file", "-f", type=click.Path(allow_dash=True), help="Read the prompt from this file.")
+@click.option(
+    "--adapter", "-a", "adapters", multiple=True, callback=_adapter_choice, help="NAME or NAME@VERSION; repeatable."
+)
+@click.option("--base/--no-base", default=True, help="The base model, too.")
+@sampling_options(one_adapter=False, max_tokens=256)
+@settings_options
+@click.pass_obj
+def compare(
+    settings: Settings,
+    /,
+    prompt: str | None,
+    file: str | None,
+    model: str | None,
+    adapters: list[AdapterChoice],
+    base: bool,
+    **options: Any,
+) -> None:
+    """Continue PROMPT with each of several adapters, side by side."""
+    choices = [*([None] if base else []), *adapters]
+    if not choices:
+        raise click.UsageError("give --adapter, or leave out --no-base")
+    text = read_text(prompt, file)
+    with settings.client() as client:
+        replies = client.compare(text, model=pick_model(client, model, "generate"), adapters=choices, **given(options))
+    for choice, reply in zip(choices, replies, strict=True):
+        name = choice[0] if isinstance(choice, tuple) else choice
+        shown = "base" if name is None else f"{name} version {reply.adapter_version}"
+        settings.emit(
+            "reply",
+            {"adapter": name, **dataclasses.asdict(reply)},
+            lambda shown=shown, reply=reply: print(f"--- {shown} ({reply.finish_reason})\n{reply.text}"),  # type: ignore[misc]
+        )
 
 
 @click.command()
