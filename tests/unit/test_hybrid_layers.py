@@ -50,7 +50,7 @@ def test_gradients_of_a_whole_layer(kind: str, moe: bool) -> None:
     """float64 gradcheck with respect to the input and to A and B of every linear, and of every routed expert, over two
     packed sequences."""
     shape = config(kind, moe)
-    layer = Qwen3_5DecoderLayer(shape, 0, 0, SchemeMap(), torch.float64).double()
+    layer = Qwen3_5DecoderLayer(shape, "model.layers.0", shape.layer_types[0], 0, SchemeMap(), torch.float64).double()
     generator = torch.Generator().manual_seed(0)
 
     def random(*size: int) -> Tensor:
