@@ -7,15 +7,17 @@ import shutil
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import tokenizers
 from tokenizers import processors
 
 from engine.errors import FailedPreconditionError, FormatError, InvalidArgumentError, OutOfRangeError
-from engine.tokenizer.chat_template import ChatTemplate
 from engine.tokenizer.hf_files import FILES, TokenizerParts, read_directory
 from engine.tokenizer.token_bytes import TokenDecoder, token_decoder
+
+if TYPE_CHECKING:
+    from engine.tokenizer.chat_template import ChatTemplate
 
 MAX_TEXT_CHARS = 1 << 25
 """Longest text that is encoded in one call."""
@@ -242,6 +244,8 @@ class Tokenizer:
                         field="messages",
                         reason="NO_CHAT_TEMPLATE",
                     )
+                from engine.tokenizer.chat_template import ChatTemplate  # the engine runs without Jinja
+
                 self._template = ChatTemplate(self._template_source, str(self.path))
             return self._template.render(
                 messages,

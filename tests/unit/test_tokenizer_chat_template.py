@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from engine.errors import FailedPreconditionError, FormatError, InvalidArgumentError
-from engine.tokenizer import ChatTemplate, Tokenizer
+from engine.tokenizer import Tokenizer
+from engine.tokenizer.chat_template import ChatTemplate
 from engine.tokenizer.template_sandbox import MAX_SECONDS
 from tests.unit.loading_files import sentencepiece_metadata, write_gguf
 
