@@ -9,6 +9,7 @@ C = 2 H_k K + H_v V.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -20,19 +21,21 @@ from engine.config import ModelConfig
 from engine.context import ForwardContext, RecurrentStates, StateSave
 from engine.layers.linear import Linear
 from engine.layers.norm import GatedRMSNorm
-from engine.ops.causal_conv import causal_conv
+from engine.ops.causal_conv import causal_conv, causal_conv_step_slots
 from engine.ops.delta_rule import (
-    ChunkPlan,
-    chunk_gated_delta_rule,
+    DeltaPlan,
+    gated_delta_rule,
     gated_delta_step,
+    gated_delta_step_slots,
+    gates,
     l2_normalize,
-    plan_chunks,
-    state_dtype,
+    plan_delta_rule,
+    steps_by_index,
 )
 from engine.quantization.base import SchemeMap
 
 DeltaInputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
-"""q, k, v, g, beta; each [T, ...]."""
+"""q, k, v, a, b; each [T, ...], q and k neither scaled nor normalised."""
 
 
 class CausalConv(nn.Module):
@@ -78,64 +81,91 @@ class GatedDeltaNet(nn.Module):
     def forward(self, x: Tensor, ctx: ForwardContext) -> Tensor:
         """x [T, D]: [T, D]. With ctx.states, the states of the batch's sequences are read and advanced."""
         shape, num_tokens = self.shape, x.shape[0]
-        batch = _batch(ctx)
+        qkv = self.in_proj_qkv(x, ctx)
         z = self.in_proj_z(x, ctx).view(num_tokens, shape.num_value_heads, shape.value_head_dim)
         b, a = self.in_proj_b(x, ctx), self.in_proj_a(x, ctx)
-        dtype = state_dtype(x)
-        beta = b.to(dtype).sigmoid()
-        g = -self.A_log.to(dtype).exp() * F.softplus(a.to(dtype) + self.dt_bias.to(dtype))
+        batch = _batch(ctx, qkv, shape.key_head_dim)
         if ctx.states is not None and batch.fresh is not None:
             for tensor in (ctx.states.windows[self.layer_index], ctx.states.matrices[self.layer_index]):
                 tensor.index_fill_(0, batch.fresh, 0)  # what an earlier sequence left there
-        mixed = F.silu(self._convolve(self.in_proj_qkv(x, ctx), ctx, batch))
+        mixed = self._convolve(qkv, ctx, batch)
         q, k, v = torch.split(mixed, [shape.key_dim, shape.key_dim, shape.value_dim], dim=-1)
-        q = l2_normalize(q.view(num_tokens, -1, shape.key_head_dim)) * shape.key_head_dim**-0.5
-        k = l2_normalize(k.view(num_tokens, -1, shape.key_head_dim))
-        v = v.view(num_tokens, -1, shape.value_head_dim)
+        inputs = (
+            q.view(num_tokens, -1, shape.key_head_dim),
+            k.view(num_tokens, -1, shape.key_head_dim),
+            v.view(num_tokens, -1, shape.value_head_dim),
+            a,
+            b,
+        )
         if ctx.states is None:
             assert batch.plan is not None
-            out, _, _ = chunk_gated_delta_rule(q, k, v, g, beta, batch.plan)
+            out, _, _ = self._chunks(inputs, batch.plan, None)
         else:
-            out = self._advance((q, k, v, g, beta), ctx.states, batch)
+            out = self._advance(inputs, ctx.states, batch)
         return self.out_proj(self.norm(out, z).view(num_tokens, -1), ctx)  # type: ignore[no-any-return]
 
     def _convolve(self, qkv: Tensor, ctx: ForwardContext, batch: _Batch) -> Tensor:
+        """The convolution and SiLU: [T, C]."""
         weight = self.conv1d.weight.squeeze(1)
         if ctx.states is None:
-            return causal_conv(qkv, weight, ctx.seq_starts)[0]
+            return F.silu(causal_conv(qkv, weight, ctx.seq_starts)[0])
         windows = ctx.states.windows[self.layer_index]
+        if batch.plan is None and batch.step_rows is not None:
+            out = causal_conv_step_slots(qkv, weight, windows, batch.slots)
+            _copy_slots(windows, batch.step_saves)
+            return out
         captures = [(save.row, save.num_tokens) for save in ctx.state_saves]
         out, after, captured = causal_conv(qkv, weight, ctx.seq_starts, windows.index_select(0, batch.slots), captures)
         windows.index_copy_(0, batch.slots, after.to(windows.dtype))
         for save, window in zip(ctx.state_saves, captured, strict=True):
             windows[save.slot] = window
-        return out
+        return F.silu(out)
+
+    def _chunks(
+        self, inputs: DeltaInputs, plan: DeltaPlan, initial: Tensor | None
+    ) -> tuple[Tensor, Tensor, list[Tensor]]:
+        q, k, v, a, b = inputs
+        return gated_delta_rule(q, k, v, *gates(a, b, self.A_log, self.dt_bias), plan, initial)
 
     def _advance(self, inputs: DeltaInputs, states: RecurrentStates, batch: _Batch) -> Tensor:
-        """The delta rule over q, k, v, g, beta, each [T, ...], from the slots and back into them."""
+        """The delta rule over q, k, v, a, b, from the slots and back into them."""
         matrices = states.matrices[self.layer_index]
         out: Tensor | None = None
         if batch.plan is not None:
             assert batch.plan_slots is not None
             rows = batch.plan_rows
-            q, k, v, g, beta = inputs if rows is None else tuple(x.index_select(0, rows) for x in inputs)
-            initial = matrices.index_select(0, batch.plan_slots)
-            part, after, captured = chunk_gated_delta_rule(q, k, v, g, beta, batch.plan, initial)
+            chosen = inputs
+            if rows is not None:
+                q, k, v, a, b = (x.index_select(0, rows) for x in inputs)
+                chosen = (q, k, v, a, b)
+            part, after, captured = self._chunks(chosen, batch.plan, matrices.index_select(0, batch.plan_slots))
             matrices.index_copy_(0, batch.plan_slots, after)
             for save, state in zip(batch.plan_saves, captured, strict=True):
                 matrices[save.slot] = state
             if rows is None:
                 return part
-            out = torch.empty_like(inputs[2]).index_copy_(0, rows, part)
+            out = torch.empty_like(inputs[2], memory_format=torch.contiguous_format).index_copy_(0, rows, part)
         if out is None:
-            out = torch.empty_like(inputs[2])
-        for row, slot, count in batch.steps:
-            q, k, v, g, beta = (x[row : row + count] for x in inputs)
-            state = matrices[slot : slot + count]
-            out[row : row + count], _ = gated_delta_step(q, k, v, g, beta, state, inplace=True)
-        for source, target in batch.step_saves:
-            matrices[target].copy_(matrices[source])
+            out = torch.empty_like(inputs[2], memory_format=torch.contiguous_format)
+        if batch.step_rows is not None:
+            assert batch.step_slots is not None
+            gated_delta_step_slots(*inputs, self.A_log, self.dt_bias, matrices, batch.step_rows, batch.step_slots, out)
+        else:
+            q, k, v, a, b = inputs
+            q, k = l2_normalize(q) * q.shape[-1] ** -0.5, l2_normalize(k)
+            g, beta = gates(a, b, self.A_log, self.dt_bias)
+            for row, slot, count in batch.steps:
+                q_, k_, v_, g_, beta_ = (x[row : row + count] for x in (q, k, v, g, beta))
+                state = matrices[slot : slot + count]
+                out[row : row + count], _ = gated_delta_step(q_, k_, v_, g_, beta_, state, inplace=True)
+        _copy_slots(matrices, batch.step_saves)
         return out
+
+
+def _copy_slots(tensor: Tensor, copies: tuple[Tensor, Tensor] | None) -> None:
+    if copies is not None:
+        source, target = copies
+        tensor.index_copy_(0, target, tensor.index_select(0, source))
 
 
 @dataclass(slots=True)
@@ -147,64 +177,84 @@ class _Batch:
         fresh: slots of sequences without a past, or None.
         plan: of the sequences with more than one new token, or None if there is none.
         plan_rows: their tokens, or None for all tokens. plan_slots, plan_saves: theirs.
-        steps: (first token, first slot, count) of runs of sequences with one new token, whose tokens and slots both
-            follow each other: such a run is advanced in place.
-        step_saves: (slot, slot to copy it to) after the steps.
+        steps: on a CPU, (first token, first slot, count) of runs of sequences with one new token, whose tokens and
+            slots both follow each other: such a run is advanced in place.
+        step_rows, step_slots: on other devices, tokens and slots of the sequences with one new token, or None.
+        step_saves: slots, and those to copy them to after the steps, or None.
     """
 
     slots: Tensor
     fresh: Tensor | None
-    plan: ChunkPlan | None
+    plan: DeltaPlan | None
     plan_rows: Tensor | None
     plan_slots: Tensor | None
     plan_saves: list[StateSave]
     steps: list[tuple[int, int, int]]
-    step_saves: list[tuple[int, int]]
+    step_rows: Tensor | None
+    step_slots: Tensor | None
+    step_saves: tuple[Tensor, Tensor] | None
 
 
-def _batch(ctx: ForwardContext) -> _Batch:
-    """Made by the first layer that asks."""
+def _batch(ctx: ForwardContext, qkv: Tensor, key_width: int) -> _Batch:
+    """Made by the first layer that asks. qkv and key_width: of any layer."""
     assert ctx.scratch is not None
     if "gated_delta_net" not in ctx.scratch:
-        ctx.scratch["gated_delta_net"] = _make_batch(ctx)
+        ctx.scratch["gated_delta_net"] = _make_batch(ctx, qkv, key_width)
     batch: _Batch = ctx.scratch["gated_delta_net"]
     return batch
 
 
-def _make_batch(ctx: ForwardContext) -> _Batch:
-    device, lengths, slots = ctx.positions.device, ctx.seq_lens(), list(ctx.state_slots)
-    empty = torch.empty(0, dtype=torch.int64, device=device)
+def _make_batch(ctx: ForwardContext, qkv: Tensor, key_width: int) -> _Batch:
+    lengths, slots = ctx.seq_lens(), list(ctx.state_slots)
+
+    def index(numbers: Sequence[int]) -> Tensor | None:
+        return _index(numbers, qkv.device) if numbers else None
+
     if ctx.states is None:
-        plan = plan_chunks(lengths, device=device)
-        return _Batch(empty, None, plan, None, None, [], [], [])
+        plan = plan_delta_rule(lengths, (), qkv, key_width)
+        return _Batch(_index((), qkv.device), None, plan, None, None, [], [], None, None, None)
     assert len(slots) == len(lengths), "a slot per sequence"
-    fresh = [slot for slot, n, total in zip(slots, lengths, ctx.kv_lens, strict=True) if n == total]
-    steps: list[tuple[int, int, int]] = []
-    planned: list[int] = []
-    for s, length in enumerate(lengths):
-        row, slot = ctx.seq_starts[s], slots[s]
-        if length > 1:
-            planned.append(s)
-        elif steps and (steps[-1][0] + steps[-1][2], steps[-1][1] + steps[-1][2]) == (row, slot):
-            steps[-1] = (*steps[-1][:2], steps[-1][2] + 1)
-        else:
-            steps.append((row, slot, 1))
+    planned = [s for s, length in enumerate(lengths) if length > 1]
+    stepped = [s for s, length in enumerate(lengths) if length == 1]
+    by_index = steps_by_index(qkv.device)
+    step_saves = [(slots[save.row], save.slot) for save in ctx.state_saves if lengths[save.row] == 1]
     batch = _Batch(
-        slots=torch.tensor(slots, device=device),
-        fresh=torch.tensor(fresh, device=device) if fresh else None,
+        slots=_index(slots, qkv.device),
+        fresh=index([slot for slot, n, total in zip(slots, lengths, ctx.kv_lens, strict=True) if n == total]),
         plan=None,
         plan_rows=None,
-        plan_slots=None,
+        plan_slots=index([slots[s] for s in planned]),
         plan_saves=[save for save in ctx.state_saves if lengths[save.row] > 1],
-        steps=steps,
-        step_saves=[(slots[save.row], save.slot) for save in ctx.state_saves if lengths[save.row] == 1],
+        steps=[] if by_index else _runs([(ctx.seq_starts[s], slots[s]) for s in stepped]),
+        step_rows=index([ctx.seq_starts[s] for s in stepped]) if by_index else None,
+        step_slots=index([slots[s] for s in stepped]) if by_index else None,
+        step_saves=None,
     )
+    if step_saves:
+        sources, targets = zip(*step_saves, strict=True)
+        batch.step_saves = (_index(sources, qkv.device), _index(targets, qkv.device))
     if planned:
-        index = {s: i for i, s in enumerate(planned)}
-        captures = [(index[save.row], save.num_tokens) for save in batch.plan_saves]
-        batch.plan = plan_chunks([lengths[s] for s in planned], captures, device=device)
-        batch.plan_slots = torch.tensor([slots[s] for s in planned], device=device)
-        if len(planned) < len(lengths):
+        place = {s: i for i, s in enumerate(planned)}
+        captures = [(place[save.row], save.num_tokens) for save in batch.plan_saves]
+        batch.plan = plan_delta_rule([lengths[s] for s in planned], captures, qkv, key_width)
+        if stepped:
             spans = list(pairwise(ctx.seq_starts))
-            batch.plan_rows = torch.cat([torch.arange(*spans[s], device=device) for s in planned])
+            batch.plan_rows = index([row for s in planned for row in range(*spans[s])])
     return batch
+
+
+def _runs(pairs: Sequence[tuple[int, int]]) -> list[tuple[int, int, int]]:
+    """(token, slot) of sequences with one new token to ``steps``."""
+    runs: list[tuple[int, int, int]] = []
+    for row, slot in pairs:
+        if runs and (runs[-1][0] + runs[-1][2], runs[-1][1] + runs[-1][2]) == (row, slot):
+            runs[-1] = (*runs[-1][:2], runs[-1][2] + 1)
+        else:
+            runs.append((row, slot, 1))
+    return runs
+
+
+def _index(numbers: Sequence[int], device: torch.device) -> Tensor:
+    """int64 on the device; the host does not wait for a CUDA device, as it would copying from pageable memory."""
+    tensor = torch.tensor(numbers, dtype=torch.int64, pin_memory=device.type == "cuda")
+    return tensor.to(device, non_blocking=True)

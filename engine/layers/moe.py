@@ -14,9 +14,9 @@ from engine.config import ModelConfig
 from engine.context import ForwardContext
 from engine.layers.linear import Linear
 from engine.layers.mlp import GatedMLP, activation
-from engine.layers.norm import widen
 from engine.lora.targets import StackedTarget
 from engine.ops.moe import grouped_linear
+from engine.ops.norm import widen
 from engine.quantization.base import SchemeMap
 
 

@@ -1,10 +1,11 @@
-"""Root mean square normalisation (arXiv:1910.07467), computed in float32, or in float64 for inputs of that type."""
+"""Root mean square normalisation (arXiv:1910.07467)."""
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from engine.ops.norm import gated_rms_norm, rms_norm
 
 
 class RMSNorm(nn.Module):
@@ -22,11 +23,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., dim], normalised over the last axis; the type of x is kept."""
-        wide = widen(x)
-        weight = self.weight.to(wide.dtype)
-        if self.shifted:
-            weight = weight + 1.0
-        return F.rms_norm(wide, (x.shape[-1],), weight, self.eps).to(x.dtype)
+        return rms_norm(x, self.weight, self.eps, shifted=self.shifted)
 
 
 class GatedRMSNorm(nn.Module):
@@ -39,11 +36,4 @@ class GatedRMSNorm(nn.Module):
 
     def forward(self, x: Tensor, gate: Tensor) -> Tensor:
         """x, gate [..., dim], normalised over the last axis; the type of gate is kept."""
-        wide = widen(x)
-        normed = F.rms_norm(wide, (x.shape[-1],), self.weight.to(wide.dtype), self.eps)
-        return (normed * F.silu(gate.to(wide.dtype))).to(gate.dtype)
-
-
-def widen(x: Tensor) -> Tensor:
-    """x in float32; float64 stays, so that gradients can be checked in it."""
-    return x if x.dtype == torch.float64 else x.float()
+        return gated_rms_norm(x, gate, self.weight, self.eps)

@@ -10,7 +10,10 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from engine.ops.backends import uses_triton_forward
 
 BLOCK_ELEMENTS = 1 << 17
 """Of the output, made at one time on a CPU."""
@@ -57,6 +60,26 @@ def causal_conv(
     if num_sequences > 1:  # results at places of windows mix two sequences
         y = torch.cat([y[a + s * carried : b + s * carried] for s, (a, b) in enumerate(pairwise(seq_starts))])
     return y, after, captured
+
+
+def causal_conv_step_slots(x: Tensor, weight: Tensor, windows: Tensor, slots: Tensor) -> Tensor:
+    """One token of each of S sequences, each window in its slot, with SiLU on the result.
+
+    Args:
+        x: [S, C].
+        weight: [C, W].
+        windows: [slots, W - 1, C] float32, advanced in place.
+        slots: [S] integers, each its own.
+    Returns: silu(y) [S, C] in the type of x.
+    """
+    if uses_triton_forward(x, weight):
+        from engine.ops.triton import conv_step
+
+        return conv_step.causal_conv_step_slots(x, weight, windows, slots)
+    before = windows.index_select(0, slots).to(x.dtype)
+    extended = torch.cat((before, x[:, None]), dim=1)
+    windows.index_copy_(0, slots, extended[:, 1:].to(windows.dtype))
+    return F.silu((extended * weight.to(x.dtype).mT).sum(dim=1))
 
 
 def _taps(extended: Tensor, taps: Sequence[Tensor]) -> Tensor:

@@ -9,6 +9,9 @@ States are [S, H_v, K, V], in float32; float64 inputs are computed in float64.
 Three forms of the same: ``recurrent_gated_delta_rule`` token by token is the reference; ``gated_delta_step`` advances
 many sequences by one token each; ``chunk_gated_delta_rule`` works on chunks by matrix products, for prefill and
 training, and autograd gives its backward. Proof: tests/unit/test_delta_rule.py.
+
+Two entries take q and k as they are and choose the form: ``plan_delta_rule`` with ``gated_delta_rule``, and
+``gated_delta_step_slots``. Proof of the forms for CUDA: tests/unit/test_triton_kernels.py, tests/gpu.
 """
 
 from __future__ import annotations
@@ -18,7 +21,11 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from engine.ops.backends import uses_fla, uses_triton, uses_triton_forward
+from engine.ops.flash_linear_attention import FlaPlan, plan_fla
 
 CHUNK_SIZE_CPU = 32
 CHUNK_SIZE_DEVICE = 64
@@ -31,10 +38,19 @@ def state_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def l2_normalize(x: Tensor, eps: float = 1e-6) -> Tensor:
+L2_EPS = 1e-6
+
+
+def l2_normalize(x: Tensor, eps: float = L2_EPS) -> Tensor:
     """x [..., K] / sqrt(sum(x^2) + eps), in ``state_dtype``. Reference: ``l2norm`` of transformers' qwen3_5."""
     x = x.to(state_dtype(x))
     return x * torch.rsqrt(x.square().sum(dim=-1, keepdim=True) + eps)
+
+
+def gates(a: Tensor, b: Tensor, a_log: Tensor, dt_bias: Tensor) -> tuple[Tensor, Tensor]:
+    """g = -exp(a_log) softplus(a + dt_bias) and beta = sigmoid(b), in ``state_dtype``; all [..., H_v] or [H_v]."""
+    dtype = state_dtype(a)
+    return -a_log.to(dtype).exp() * F.softplus(a.to(dtype) + dt_bias.to(dtype)), b.to(dtype).sigmoid()
 
 
 def recurrent_gated_delta_rule(
@@ -112,6 +128,45 @@ def gated_delta_step(
         return out.to(out_dtype), state
     new = torch.baddbmm((state * decay[..., None]).view(-1, width, value_width), *update)
     return out.to(out_dtype), new.view_as(state)
+
+
+def steps_by_index(device: torch.device) -> bool:
+    """Whether ``gated_delta_step_slots`` suits the device; on a CPU runs of slots are advanced as views instead."""
+    return device.type != "cpu" or uses_triton(device)
+
+
+def gated_delta_step_slots(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor,
+    b: Tensor,
+    a_log: Tensor,
+    dt_bias: Tensor,
+    matrices: Tensor,
+    rows: Tensor,
+    slots: Tensor,
+    out: Tensor,
+) -> None:
+    """One token of each of n sequences among T tokens, from slots and back into them; nothing waits for the device.
+
+    Args:
+        q, k: [T, H_k, K], neither scaled nor normalised. v: [T, H_v, V].
+        a, b, a_log, dt_bias: of ``gates``.
+        matrices: [slots, H_v, K, V] float32, advanced in place.
+        rows: [n] integers, the sequences' tokens. slots: [n] integers, each its own.
+        out: [T, H_v, V]; the rows are written.
+    """
+    if uses_triton_forward(v, a_log, dt_bias):
+        from engine.ops.triton import delta_step
+
+        delta_step.gated_delta_step_slots(q, k, v, a, b, a_log, dt_bias, matrices, rows, slots, out, L2_EPS)
+        return
+    q, k, v, a, b = (x.index_select(0, rows) for x in (q, k, v, a, b))
+    inputs = (l2_normalize(q) * q.shape[-1] ** -0.5, l2_normalize(k), v, *gates(a, b, a_log, dt_bias))
+    stepped, after = gated_delta_step(*inputs, matrices.index_select(0, slots), inplace=True)
+    matrices.index_copy_(0, slots, after)
+    out.index_copy_(0, rows, stepped)
 
 
 @dataclass(slots=True)
@@ -198,6 +253,41 @@ def plan_chunks(
         order=None if identity else torch.tensor(order, device=device),
         captures=[wanted[seq, n] for seq, n in captures],
     )
+
+
+DeltaPlan = ChunkPlan | FlaPlan
+"""Of the forms of the chunked rule."""
+
+
+def plan_delta_rule(
+    lengths: Sequence[int], captures: Sequence[tuple[int, int]], v: Tensor, key_width: int
+) -> DeltaPlan:
+    """Lays out sequences for the form of the chunked rule that suits the values' type and device.
+
+    Args:
+        lengths, captures: of ``plan_chunks``.
+        v: values of the kind that will come.
+        key_width: K.
+    """
+    if v.dtype in (torch.bfloat16, torch.float16) and key_width <= 256 and uses_fla(v.device):
+        return plan_fla(lengths, captures, v.device)
+    return plan_chunks(lengths, captures, device=v.device)
+
+
+def gated_delta_rule(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    plan: DeltaPlan,
+    initial_state: Tensor | None = None,
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """``chunk_gated_delta_rule`` of q and k that are neither scaled nor normalised, in the form of the plan."""
+    if isinstance(plan, FlaPlan):
+        return plan.run(q, k, v, g, beta, initial_state)
+    q = l2_normalize(q) * q.shape[-1] ** -0.5
+    return chunk_gated_delta_rule(q, l2_normalize(k), v, g, beta, plan, initial_state)
 
 
 def chunk_gated_delta_rule(

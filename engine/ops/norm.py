@@ -1,0 +1,41 @@
+"""Root mean square normalisation (arXiv:1910.07467), computed in float32, or in float64 for inputs of that type.
+
+Shapes: D width. Proof: tests/parity for the torch form, tests/unit/test_triton_kernels.py for the kernel.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from engine.ops.backends import uses_triton_forward
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, *, shifted: bool = False) -> Tensor:
+    """x / rms(x) * weight, or * (1 + weight) where ``shifted``; x [..., D], weight [D], the type of x is kept."""
+    if uses_triton_forward(x, weight):
+        from engine.ops.triton import rms_norm as kernels
+
+        return kernels.rms_norm(x, weight, eps, shifted=shifted)
+    wide = widen(x)
+    weight = weight.to(wide.dtype)
+    if shifted:
+        weight = weight + 1.0
+    return F.rms_norm(wide, (x.shape[-1],), weight, eps).to(x.dtype)
+
+
+def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / rms(x) * weight * silu(gate); x and gate [..., D], the type of gate is kept."""
+    if uses_triton_forward(x, gate, weight):
+        from engine.ops.triton import rms_norm as kernels
+
+        return kernels.rms_norm(x, weight, eps, gate=gate)
+    wide = widen(x)
+    normed = F.rms_norm(wide, (x.shape[-1],), weight.to(wide.dtype), eps)
+    return (normed * F.silu(gate.to(wide.dtype))).to(gate.dtype)
+
+
+def widen(x: Tensor) -> Tensor:
+    """x in float32; float64 stays, so that gradients can be checked in it."""
+    return x if x.dtype == torch.float64 else x.float()

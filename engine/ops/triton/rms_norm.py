@@ -1,0 +1,70 @@
+"""Root mean square normalisation of rows, with the weight shifted or not, with a SiLU gate or without.
+
+Shapes: N rows, D width.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+BLOCK_ELEMENTS = 2048
+"""Numbers that a program holds where rows are narrow, so that heads of 128 do not take a program each."""
+
+
+@triton.jit
+def _rms_norm(
+    x_ptr,
+    gate_ptr,
+    weight_ptr,
+    out_ptr,
+    num_rows,
+    width,
+    eps,
+    SHIFTED: tl.constexpr,
+    GATED: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """A program normalises ROWS whole rows."""
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    columns = tl.arange(0, BLOCK)
+    inside = (rows < num_rows)[:, None] & (columns < width)[None, :]
+    at = rows[:, None] * width + columns[None, :]
+    x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    weight = tl.load(weight_ptr + columns, mask=columns < width, other=0.0).to(tl.float32)
+    if SHIFTED:
+        weight += 1.0
+    y = x / tl.sqrt(tl.sum(x * x, axis=1) / width + eps)[:, None] * weight[None, :]
+    if GATED:
+        gate = tl.load(gate_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        y *= gate * tl.sigmoid(gate)
+    tl.store(out_ptr + at, y.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, *, shifted: bool = False, gate: Tensor | None = None) -> Tensor:
+    """x [..., D], gate alike: in the type of gate, or of x without one."""
+    like = x if gate is None else gate
+    out = torch.empty(like.shape, dtype=like.dtype, device=like.device)
+    x = x.contiguous()
+    width = x.shape[-1]
+    num_rows = x.numel() // width
+    if num_rows == 0:
+        return out
+    block = triton.next_power_of_2(width)
+    rows = max(1, min(BLOCK_ELEMENTS // block, triton.next_power_of_2(num_rows)))
+    _rms_norm[(triton.cdiv(num_rows, rows),)](
+        x,
+        x if gate is None else gate.contiguous(),
+        weight,
+        out,
+        num_rows,
+        width,
+        eps,
+        SHIFTED=shifted,
+        GATED=gate is not None,
+        ROWS=rows,
+        BLOCK=block,
+        num_warps=min(16, max(4, block // 512)),
+    )
+    return out
