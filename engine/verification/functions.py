@@ -1,0 +1,111 @@
+"""Every autograd.Function of the engine as cases for the gradient checker, at the shapes of a given model.
+
+A Function without an entry here fails tests/unit/test_function_gradients.py, so none goes unproven.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from engine.config import ModelConfig
+from engine.ops import quantized
+from engine.training.loss import chunked_cross_entropy
+from engine.verification.gradients import Function
+
+MAX_VOCAB = 512
+"""Rows of the vocabulary that a case takes: enough for several chunks, few enough for float64 at any model's size."""
+
+
+@dataclass(frozen=True, slots=True)
+class FunctionCase:
+    """One way to call a Function.
+
+    Attributes:
+        name: of the case within the Function's.
+        function: through the public operation, so that what is checked is what runs.
+    """
+
+    name: str
+    function: Function
+    inputs: dict[str, Tensor] = field(repr=False)
+
+
+Cases = Callable[[ModelConfig], list[FunctionCase]]
+
+
+def _random(*size: int, seed: int = 0) -> Tensor:
+    return torch.randn(*size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def quantized_linear_cases(config: ModelConfig) -> list[FunctionCase]:
+    """Over int8 with a scale per row, and int4 in groups with zeros; whole, and in several chunks of which the last is
+    not full."""
+    width = config.hidden_size
+    chunk = max(1, quantized.CPU_CHUNK_ELEMENTS // width)
+    cases = []
+    for scheme in ("int8", "int4"):
+        for name, out_features in (("whole", min(96, chunk)), ("chunked", 2 * chunk + chunk // 3 + 1)):
+            rows = _stored_rows(scheme, out_features, width)
+
+            def function(
+                inputs: Mapping[str, Tensor], rows: quantized.WeightRows = rows, out_features: int = out_features
+            ) -> Tensor:
+                return quantized.quantized_linear(inputs["x"], rows, out_features)
+
+            cases.append(FunctionCase(f"{scheme}, {name}", function, {"x": _random(3, width)}))
+    return cases
+
+
+def _stored_rows(scheme: str, out_features: int, width: int) -> quantized.WeightRows:
+    """Random weights, stored narrow."""
+    generator = torch.Generator().manual_seed(1)
+    low, high = (-128, 128) if scheme == "int8" else (-8, 8)
+    group = width if scheme == "int8" else next(size for size in (32, 16, 8, 4, 2, 1) if width % size == 0)
+    values = torch.randint(low, high, (out_features, width), generator=generator, dtype=torch.int8)
+    scale = torch.rand(out_features, width // group, 1, generator=generator) + 0.5
+    zero = torch.randint(low, high, scale.shape, generator=generator) if scheme == "int4" else torch.zeros(())
+
+    def rows(start: int, end: int, dtype: torch.dtype) -> Tensor:
+        grouped = values[start:end].to(dtype).view(end - start, -1, group)
+        offset = zero[start:end] if zero.dim() else zero
+        return ((grouped - offset) * scale[start:end].to(dtype)).view(end - start, width)
+
+    return rows
+
+
+def cross_entropy_cases(config: ModelConfig) -> list[FunctionCase]:
+    """A head with and without a soft cap; in chunks of which the last is not full, and whole."""
+    vocab = min(config.vocab_size, MAX_VOCAB)
+    weight = _random(vocab, config.hidden_size, seed=2) / config.hidden_size**0.5
+    num = 11
+    targets = torch.randint(vocab, (num,), generator=torch.Generator().manual_seed(3))
+    cases = []
+    for name, rows, cap in (("chunked", 4, None), ("whole", num, None), ("soft cap", 4, 2.0)):
+
+        def head(x: Tensor, cap: float | None = cap) -> Tensor:
+            logits = F.linear(x, weight)
+            return logits if cap is None else cap * torch.tanh(logits / cap)
+
+        def function(inputs: Mapping[str, Tensor], head: Callable[[Tensor], Tensor] = head, rows: int = rows) -> Tensor:
+            hidden: Tensor = inputs["hidden"]
+            return chunked_cross_entropy(hidden, targets, head, vocab, chunk_bytes=4 * vocab * rows)
+
+        cases.append(FunctionCase(name, function, {"hidden": _random(num, config.hidden_size, seed=4)}))
+    return cases
+
+
+FUNCTIONS: dict[str, Cases] = {
+    "engine.ops.quantized._QuantizedLinear": quantized_linear_cases,
+    "engine.training.loss._ChunkedCrossEntropy": cross_entropy_cases,
+}
+"""Full name of each Function to its cases; no cases where a model has no use for it."""
+
+
+def function_name(function: type[torch.autograd.Function]) -> str:
+    """The key of FUNCTIONS."""
+    return f"{function.__module__}.{function.__qualname__}"

@@ -1,0 +1,152 @@
+"""Every autograd.Function of the engine: its backward is right, and the wrong ones listed for it are caught."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import engine
+from engine.config import LinearAttentionConfig, ModelConfig
+from engine.ops import quantized
+from engine.training import loss
+from engine.verification.functions import FUNCTIONS, function_name
+from engine.verification.gradients import TOLERANCE, check_gradients
+
+CONFIG = ModelConfig(
+    model_type="qwen3_5_text",
+    vocab_size=23,
+    hidden_size=16,
+    intermediate_size=8,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    head_dim=4,
+    max_position_embeddings=64,
+    norm_eps=1e-6,
+    linear_attention=LinearAttentionConfig(
+        num_key_heads=2, num_value_heads=4, key_head_dim=5, value_head_dim=3, conv_width=4
+    ),
+)
+
+Wrong = Callable[[Any, Any], Any]
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Several chunks of small matrices."""
+    monkeypatch.setattr(quantized, "CPU_CHUNK_ELEMENTS", 20 * CONFIG.hidden_size)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def subclasses(cls: type) -> Iterator[type]:
+    for sub in cls.__subclasses__():
+        yield sub
+        yield from subclasses(sub)
+
+
+def test_every_function_of_the_engine_is_in_the_catalogues() -> None:
+    """A new autograd.Function fails here until it has cases and a list of wrong backwards."""
+    for module in pkgutil.walk_packages(engine.__path__, "engine."):
+        importlib.import_module(module.name)
+    found = {
+        function_name(cls) for cls in subclasses(torch.autograd.Function) if cls.__module__.split(".")[0] == "engine"
+    }
+    assert found == set(FUNCTIONS)
+    assert found == set(WRONG)
+
+
+def nodes(output: Tensor) -> set[str]:
+    """Names of all nodes of the graph behind a tensor."""
+    seen, todo = set(), [output.grad_fn]
+    while todo:
+        node = todo.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            todo += [next_node for next_node, _ in node.next_functions]
+    return {node.name() for node in seen}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_the_backward_is_right(name: str) -> None:
+    """In float64, in every case; and the Function is what ran."""
+    for case in FUNCTIONS[name](CONFIG):
+        out = case.function({key: t.clone().requires_grad_() for key, t in case.inputs.items()})
+        assert isinstance(out, Tensor)
+        assert f"{name.rsplit('.', 1)[1]}Backward" in nodes(out)
+        found = check_gradients(case.function, case.inputs)
+        assert found.error < TOLERANCE / 10, f"{case.name}: {found.worst_entry}"
+
+
+def _of_rows(change: Callable[[quantized.WeightRows], quantized.WeightRows]) -> Wrong:
+    """A quantized backward that reads other rows."""
+    return lambda right, args: right(args[0], change(args[1]))
+
+
+def _half(grad: Tensor) -> Tensor:
+    grad = grad.clone()
+    grad[..., grad.shape[-1] // 2 :] = 0
+    return grad
+
+
+WRONG: dict[str, dict[str, Wrong]] = {
+    "engine.ops.quantized._QuantizedLinear": {
+        "sign": lambda right, args: -right(*args),
+        "one in a thousand": lambda right, args: 1.001 * right(*args),
+        "scales forgotten": _of_rows(lambda rows: lambda a, b, dtype: rows(a, b, dtype).sign()),
+        "outputs shifted": lambda right, args: right(args[0].roll(1, -1), args[1]),
+        "inputs shifted": lambda right, args: right(*args).roll(1, -1),
+        "rows of a chunk moved": _of_rows(lambda rows: lambda a, b, dtype: rows(a, b, dtype).roll(1, 0)),
+        "zeros forgotten": _of_rows(lambda rows: lambda a, b, dtype: rows(a, b, dtype) + 1),
+        "later chunks dropped": lambda right, args: right(_half(args[0]), args[1]),
+        "constant": lambda right, args: torch.ones_like(right(*args)),
+    },
+    "engine.training.loss._ChunkedCrossEntropy": {
+        "sign": lambda right, args: (-right(*args)[0], None, None, None),
+        "one in a thousand": lambda right, args: (1.001 * right(*args)[0], None, None, None),
+        "incoming gradient forgotten": lambda right, args: right(args[0], torch.ones_like(args[1])),
+        "mean for sum": lambda right, args: (right(*args)[0] / len(right(*args)[0]), None, None, None),
+        "rows shifted": lambda right, args: (right(*args)[0].roll(1, 0), None, None, None),
+        "sign of one row": lambda right, args: (
+            right(*args)[0] * torch.tensor([1.0] * 4 + [-1.0] + [1.0] * 6)[:, None], None, None, None,
+        ),
+        "last chunk dropped": lambda right, args: (
+            right(*args)[0] * torch.tensor([1.0] * 8 + [0.0] * 3)[:, None], None, None, None,
+        ),
+        "targets forgotten": lambda right, args: (right(*args)[0] + 0.2, None, None, None),
+    },
+}  # fmt: skip
+"""For each Function, backwards that are wrong: each gets the right one and what that is called with."""
+
+PLACES: dict[str, tuple[object, str]] = {
+    "engine.ops.quantized._QuantizedLinear": (quantized, "_backward"),
+    "engine.training.loss._ChunkedCrossEntropy": (loss._ChunkedCrossEntropy, "backward"),
+}
+"""Where the backward of each stands."""
+
+
+@pytest.mark.parametrize(("name", "wrong"), [(name, wrong) for name, wrongs in WRONG.items() for wrong in wrongs])
+def test_wrong_backwards_are_caught(name: str, wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In every case that the right one passes."""
+    owner, attribute = PLACES[name]
+    right = getattr(owner, attribute)
+
+    def backward(*args: Any) -> Any:
+        return WRONG[name][wrong](right, args)
+
+    monkeypatch.setattr(owner, attribute, backward if owner is quantized else staticmethod(backward))
+    cases = FUNCTIONS[name](CONFIG)
+    assert cases
+    for case in cases:
+        if wrong == "zeros forgotten" and case.name.startswith("int8"):
+            continue  # which has none
+        found = check_gradients(case.function, case.inputs, top=1, strided=1)
+        assert found.error > 500 * TOLERANCE, f"{case.name}: {found.worst_entry}"
