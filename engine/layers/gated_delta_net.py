@@ -102,7 +102,7 @@ class GatedDeltaNet(nn.Module):
             out, _, _ = self._chunks(inputs, batch.plan, None)
         else:
             out = self._advance(inputs, ctx.states, batch)
-        return self.out_proj(self.norm(out, z).view(num_tokens, -1), ctx)  # type: ignore[no-any-return]
+        return self.out_proj(self.norm(out, z).reshape(num_tokens, -1), ctx)  # type: ignore[no-any-return]
 
     def _convolve(self, qkv: Tensor, ctx: ForwardContext, batch: _Batch) -> Tensor:
         """The convolution and SiLU: [T, C]."""
@@ -119,7 +119,7 @@ class GatedDeltaNet(nn.Module):
         windows.index_copy_(0, batch.slots, after.to(windows.dtype))
         for save, window in zip(ctx.state_saves, captured, strict=True):
             windows[save.slot] = window
-        return F.silu(out)
+        return F.silu(out, inplace=not torch.is_grad_enabled())
 
     def _chunks(
         self, inputs: DeltaInputs, plan: DeltaPlan, initial: Tensor | None
@@ -152,7 +152,7 @@ class GatedDeltaNet(nn.Module):
             gated_delta_step_slots(*inputs, self.A_log, self.dt_bias, matrices, batch.step_rows, batch.step_slots, out)
         else:
             q, k, v, a, b = inputs
-            q, k = l2_normalize(q) * q.shape[-1] ** -0.5, l2_normalize(k)
+            q, k = l2_normalize(q, scale=q.shape[-1] ** -0.5), l2_normalize(k)
             g, beta = gates(a, b, self.A_log, self.dt_bias)
             for row, slot, count in batch.steps:
                 q_, k_, v_, g_, beta_ = (x[row : row + count] for x in (q, k, v, g, beta))

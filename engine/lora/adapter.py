@@ -78,6 +78,11 @@ class Adapter:
 
     def delta(self, name: str, x: Tensor, generator: torch.Generator | None = None) -> Tensor | None:
         """scaling * B A x for x [T, I]: [T, O], in the type of x; None where this module has no update."""
+        factors = self.factors(name, x, generator)
+        return None if factors is None else F.linear(*factors)
+
+    def factors(self, name: str, x: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor] | None:
+        """scaling * A x for x [T, I], [T, r], and B [O, r], whose product is the update: scaled while it is narrow."""
         pair = self.modules.get(name)
         if pair is None:
             return None
@@ -85,7 +90,7 @@ class Adapter:
         if self.dropout > 0.0:
             keep = torch.empty_like(x).bernoulli_(1.0 - self.dropout, generator=generator)
             x = x * keep / (1.0 - self.dropout)
-        return F.linear(F.linear(x, a.to(x.dtype)), b.to(x.dtype)) * self.scaling(name)
+        return F.linear(x, a.to(x.dtype)) * self.scaling(name), b.to(x.dtype)
 
     def delta_grouped(self, name: str, x: Tensor, counts: Tensor) -> Tensor | None:
         """scaling * B[e] A[e] x of stacked experts for rows x [M, I], counts [E] of each expert: [M, O]; None where
@@ -121,8 +126,11 @@ class LoRABatch:
     def add(self, name: str, x: Tensor, y: Tensor) -> Tensor:
         """y [T, O] plus each segment's update for x [T, I]. Out of place where gradients are on."""
         if self._whole:
-            delta = self._segments[0][0].delta(name, x, self._generator)
-            return y if delta is None else y + delta
+            factors = self._segments[0][0].factors(name, x, self._generator)
+            if factors is None:
+                return y
+            low, b = factors
+            return torch.addmm(y, low, b.mT)
         if torch.is_grad_enabled():
             y = y.clone()
         for adapter, start, end in self._segments:

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from engine.ops.backends import uses_triton_forward
 
@@ -49,7 +51,7 @@ def causal_conv(
     for s, (start, end) in enumerate(pairwise(seq_starts)):
         parts += (windows[s], x[start:end])
     extended = torch.cat(parts)
-    y = _taps(extended, weight.to(x.dtype).unbind(dim=1))
+    y = _taps(extended, weight.to(x.dtype))
 
     def window_after(sequence: int, num_tokens: int) -> Tensor:
         at = seq_starts[sequence] + sequence * carried + num_tokens
@@ -82,17 +84,48 @@ def causal_conv_step_slots(x: Tensor, weight: Tensor, windows: Tensor, slots: Te
     return F.silu((extended * weight.to(x.dtype).mT).sum(dim=1))
 
 
-def _taps(extended: Tensor, taps: Sequence[Tensor]) -> Tensor:
-    """sum_j taps[j] extended[t + j]: [n + W - 1, C] to [n, C]."""
+def _taps(extended: Tensor, weight: Tensor) -> Tensor:
+    """y_t = sum_j weight[:, j] extended[t + j]: [n + W - 1, C] to [n, C]."""
+    if torch.is_grad_enabled():
+        if weight.requires_grad:
+            return taps_reference(extended, weight)
+        if extended.requires_grad:
+            return _Taps.apply(extended, weight)  # type: ignore[no-any-return, no-untyped-call]
+    return _taps_in_blocks(extended, weight.unbind(dim=1))
+
+
+def taps_reference(extended: Tensor, weight: Tensor) -> Tensor:
+    """The same in operations that autograd knows."""
+    carried = weight.shape[1] - 1
+    length = len(extended) - carried
+    y = extended[carried:] * weight[:, carried]
+    for j in range(carried):
+        y = torch.addcmul(y, extended[j : j + length], weight[:, j])
+    return y
+
+
+class _Taps(torch.autograd.Function):
+    """The gradient of an input is the same sum over the gradients of later outputs, the taps in reverse; so nothing of
+    the input is kept, and both directions are one pass."""
+
+    @staticmethod
+    def forward(ctx: Any, extended: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(weight)
+        return _taps_in_blocks(extended, weight.unbind(dim=1))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (weight,) = ctx.saved_tensors
+        nothing = grad.new_zeros(weight.shape[1] - 1, grad.shape[1])
+        return _taps_in_blocks(torch.cat((nothing, grad, nothing)), weight.unbind(dim=1)[::-1]), None
+
+
+def _taps_in_blocks(extended: Tensor, taps: Sequence[Tensor]) -> Tensor:
+    """Some rows at a time, so that they stay in the processor's cache from tap to tap."""
     carried = len(taps) - 1
     length = len(extended) - carried
-    if torch.is_grad_enabled():
-        y = extended[carried:] * taps[-1]
-        for j in range(carried):
-            y = torch.addcmul(y, extended[j : j + length], taps[j])
-        return y
     y = extended.new_empty(length, extended.shape[1])
-    # Some rows at a time, so that they stay in the processor's cache from tap to tap.
     rows = length if extended.is_cuda else max(1, BLOCK_ELEMENTS // extended.shape[1])
     for start in range(0, length, rows):
         part = y[start : start + rows]

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from engine.ops.backends import uses_fla, uses_triton, uses_triton_forward
 from engine.ops.flash_linear_attention import FlaPlan, plan_fla
+from engine.ops.root_norm import root_norm
 
 CHUNK_SIZE_CPU = 32
 CHUNK_SIZE_DEVICE = 64
@@ -41,10 +42,9 @@ def state_dtype(x: Tensor) -> torch.dtype:
 L2_EPS = 1e-6
 
 
-def l2_normalize(x: Tensor, eps: float = L2_EPS) -> Tensor:
-    """x [..., K] / sqrt(sum(x^2) + eps), in ``state_dtype``. Reference: ``l2norm`` of transformers' qwen3_5."""
-    x = x.to(state_dtype(x))
-    return x * torch.rsqrt(x.square().sum(dim=-1, keepdim=True) + eps)
+def l2_normalize(x: Tensor, eps: float = L2_EPS, scale: float = 1.0) -> Tensor:
+    """x [..., K] * scale / sqrt(sum(x^2) + eps), in ``state_dtype``. Reference: ``l2norm`` of transformers' qwen3_5."""
+    return root_norm(x.to(state_dtype(x)), None, count=1, eps=eps, scale=scale)
 
 
 def gates(a: Tensor, b: Tensor, a_log: Tensor, dt_bias: Tensor) -> tuple[Tensor, Tensor]:
@@ -163,7 +163,7 @@ def gated_delta_step_slots(
         delta_step.gated_delta_step_slots(q, k, v, a, b, a_log, dt_bias, matrices, rows, slots, out, L2_EPS)
         return
     q, k, v, a, b = (x.index_select(0, rows) for x in (q, k, v, a, b))
-    inputs = (l2_normalize(q) * q.shape[-1] ** -0.5, l2_normalize(k), v, *gates(a, b, a_log, dt_bias))
+    inputs = (l2_normalize(q, scale=q.shape[-1] ** -0.5), l2_normalize(k), v, *gates(a, b, a_log, dt_bias))
     stepped, after = gated_delta_step(*inputs, matrices.index_select(0, slots), inplace=True)
     matrices.index_copy_(0, slots, after)
     out.index_copy_(0, rows, stepped)
@@ -286,7 +286,7 @@ def gated_delta_rule(
     """``chunk_gated_delta_rule`` of q and k that are neither scaled nor normalised, in the form of the plan."""
     if isinstance(plan, FlaPlan):
         return plan.run(q, k, v, g, beta, initial_state)
-    q = l2_normalize(q) * q.shape[-1] ** -0.5
+    q = l2_normalize(q, scale=q.shape[-1] ** -0.5)
     return chunk_gated_delta_rule(q, l2_normalize(k), v, g, beta, plan, initial_state)
 
 

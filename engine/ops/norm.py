@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engine.ops.backends import uses_triton_forward
+from engine.ops.root_norm import root_norm
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, *, shifted: bool = False) -> Tensor:
@@ -22,7 +23,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, shifted: bool = False) ->
     weight = weight.to(wide.dtype)
     if shifted:
         weight = weight + 1.0
-    return F.rms_norm(wide, (x.shape[-1],), weight, eps).to(x.dtype)
+    return _rms_norm(wide, weight, eps).to(x.dtype)
 
 
 def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -32,8 +33,15 @@ def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tenso
 
         return kernels.rms_norm(x, weight, eps, gate=gate)
     wide = widen(x)
-    normed = F.rms_norm(wide, (x.shape[-1],), weight.to(wide.dtype), eps)
+    normed = _rms_norm(wide, weight.to(wide.dtype), eps)
     return (normed * F.silu(gate.to(wide.dtype))).to(gate.dtype)
+
+
+def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """torch has one kernel for this on CUDA, and plain operations on a CPU."""
+    if x.is_cuda:
+        return F.rms_norm(x, (x.shape[-1],), weight, eps)
+    return root_norm(x, weight, count=x.shape[-1], eps=eps)
 
 
 def widen(x: Tensor) -> Tensor:

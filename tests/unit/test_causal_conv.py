@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.ops.causal_conv import causal_conv
+from engine.ops.causal_conv import _Taps, _taps_in_blocks, causal_conv, taps_reference
 
 torch.set_num_threads(1)
 
@@ -74,3 +76,60 @@ def test_gradients(lengths: list[int]) -> None:
     args = tuple(t.requires_grad_() for t in (x, weight, windows))
     starts = [0, lengths[0], sum(lengths)]
     assert torch.autograd.gradcheck(lambda x, w, s: causal_conv(x, w, starts, s)[:2], args)
+
+
+def _checked(lengths: tuple[int, ...] = (4, 1, 3)) -> bool:
+    """Gradients of inputs and of windows that are handed in, in float64, by differences."""
+    x, weight = make(sum(lengths), 3, 4)
+    starts = [sum(lengths[:s]) for s in range(len(lengths) + 1)]
+    windows = torch.randn(len(lengths), 3, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    inputs = (x.requires_grad_(), windows.requires_grad_())
+    return torch.autograd.gradcheck(lambda a, w: causal_conv(a, weight, starts, w)[:2], inputs, raise_exception=False)
+
+
+def test_gradcheck() -> None:
+    assert _checked()
+
+
+def test_the_function_is_the_reference() -> None:
+    """Value and gradient of the hand-written pair are those that autograd finds in the plain operations."""
+    x, weight = make(9, 4, 4)
+    x.requires_grad_()
+    ours, expected = _Taps.apply(x, weight), taps_reference(x, weight)
+    torch.testing.assert_close(ours, expected)
+    grad = torch.randn_like(ours)
+    torch.testing.assert_close(torch.autograd.grad(ours, x, grad), torch.autograd.grad(expected, x, grad))
+
+
+def test_taps_that_are_trained_get_their_gradient() -> None:
+    x, weight = make(9, 4, 4)
+    weight.requires_grad_()
+    y, _, _ = causal_conv(x, weight, [0, 9])
+    torch.testing.assert_close(
+        torch.autograd.grad(y.square().sum(), weight), torch.autograd.grad(whole(x, weight).square().sum(), weight)
+    )
+
+
+def _backward(grad: Tensor, weight: Tensor, *, flip: bool = True, before: int = 3, after: int = 3) -> Tensor:
+    padded = torch.cat((grad.new_zeros(before, grad.shape[1]), grad, grad.new_zeros(after, grad.shape[1])))
+    taps = weight.unbind(dim=1)
+    return _taps_in_blocks(padded, taps[::-1] if flip else taps)
+
+
+MUTATIONS = [
+    ("taps in the order of forward", lambda grad, weight: _backward(grad, weight, flip=False)),
+    ("one step late", lambda grad, weight: _backward(grad, weight, before=4, after=2)),
+    ("one step early, from the future", lambda grad, weight: _backward(grad, weight, before=2, after=4)),
+    ("without the last tap", lambda grad, weight: _backward(grad, weight * torch.tensor([1.0, 1, 1, 0]).double())),
+    ("sign", lambda grad, weight: -_backward(grad, weight)),
+]
+"""Backwards of ``_Taps`` that are deliberately wrong: each must be caught."""
+
+
+@pytest.mark.parametrize("mutation", [function for _, function in MUTATIONS], ids=[name for name, _ in MUTATIONS])
+def test_gradcheck_catches_a_wrong_backward(monkeypatch: pytest.MonkeyPatch, mutation: Any) -> None:
+    def wrong(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return mutation(grad, ctx.saved_tensors[0]), None
+
+    monkeypatch.setattr(_Taps, "backward", staticmethod(wrong))
+    assert not _checked()
