@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from engine.config import ModelConfig
 from engine.context import packed_context
 from engine.errors import InvalidArgumentError
 from engine.jobs import LoRAParams
@@ -17,15 +19,27 @@ from engine.lora.adapter import Adapter, LoRABatch
 from engine.lora.combine import combine
 from engine.lora.targets import LinearLike, StackedTarget
 from engine.training.lora_init import new_adapter, select_targets, validate_lora
-from tests.unit.test_hybrid_layers import config
 
 torch.set_num_threads(1)
 E, K, D, WIDTH = 16, 2, 6, 4
 NAME = "model.layers.0.mlp.experts"
+CONFIG = ModelConfig(
+    model_type="qwen3_5_moe_text",
+    vocab_size=11,
+    hidden_size=D,
+    intermediate_size=5,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    head_dim=4,
+    max_position_embeddings=32,
+    norm_eps=1e-6,
+    layer_types=("full_attention",),
+)
 
 
 def make_experts() -> Experts:
-    experts = Experts(config("full_attention", True), NAME, E, WIDTH, torch.float64)
+    experts = Experts(CONFIG, NAME, E, WIDTH, torch.float64)
     generator = torch.Generator().manual_seed(0)
     for parameter in experts.parameters():
         parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
@@ -108,6 +122,24 @@ def test_a_mixed_batch_equals_each_alone(grad: bool) -> None:
         lora = None if adapter is None else LoRABatch([(adapter, 0, length)], length)
         alone = experts(x[rows], weights[rows], chosen[rows], packed_context([length], lora=lora))
         torch.testing.assert_close(together[rows], alone, atol=1e-12, rtol=1e-12)
+
+
+def test_gradients_of_a_mixed_batch() -> None:
+    """float64 gradcheck with respect to the input and every A and B of two adapters, the base between them."""
+    experts, (x, weights, chosen) = make_experts(), routed(7)
+    shapes = [make_adapter("a", 1, ["gate_up_proj", "down_proj"], rank=1), make_adapter("b", 2, ["gate_up_proj"])]
+    factors = [factor for adapter in shapes for pair in adapter.modules.values() for factor in pair]
+
+    def forward(x: Tensor, *factors: Tensor) -> Tensor:
+        left = iter(factors)
+        first, second = (replace(a, modules={name: (next(left), next(left)) for name in a.modules}) for a in shapes)
+        lora = LoRABatch([(first, 0, 3), (second, 4, 6), (first, 6, 7)], 7)
+        return experts(x, weights, chosen, packed_context([3, 1, 2, 1], lora=lora))  # type: ignore[no-any-return]
+
+    inputs = tuple(t.requires_grad_() for t in (x, *factors))
+    assert torch.autograd.gradcheck(forward, inputs, eps=1e-6, atol=1e-6, rtol=1e-4, fast_mode=True)
+    gradients = torch.autograd.grad(forward(*inputs).square().sum(), inputs)
+    assert all(gradient.norm() > 1e-3 for gradient in gradients)
 
 
 def test_only_experts_that_are_hit_are_multiplied(monkeypatch: pytest.MonkeyPatch) -> None:
