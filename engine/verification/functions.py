@@ -14,11 +14,16 @@ from torch import Tensor
 
 from engine.config import ModelConfig
 from engine.ops import quantized
+from engine.ops.causal_conv import causal_conv
+from engine.ops.root_norm import root_norm
 from engine.training.loss import chunked_cross_entropy
 from engine.verification.gradients import Function
 
 MAX_VOCAB = 512
 """Rows of the vocabulary that a case takes: enough for several chunks, few enough for float64 at any model's size."""
+
+MAX_CHANNELS = 64
+"""Of a convolution; each stands for itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,8 +104,46 @@ def cross_entropy_cases(config: ModelConfig) -> list[FunctionCase]:
     return cases
 
 
+def root_norm_cases(config: ModelConfig) -> list[FunctionCase]:
+    """RMSNorm over the hidden size, and the length of a scaled query."""
+    weight = _random(config.hidden_size, seed=5)
+    width = config.linear_attention.key_head_dim if config.linear_attention else config.head_dim
+
+    def root_mean_square(inputs: Mapping[str, Tensor]) -> Tensor:
+        return root_norm(inputs["x"], weight, count=config.hidden_size, eps=config.norm_eps)
+
+    def length(inputs: Mapping[str, Tensor]) -> Tensor:
+        return root_norm(inputs["x"], None, count=1, eps=1e-6, scale=width**-0.5)
+
+    return [
+        FunctionCase("root mean square", root_mean_square, {"x": _random(3, config.hidden_size, seed=6)}),
+        FunctionCase("length", length, {"x": _random(3, 2, width, seed=7)}),
+    ]
+
+
+def causal_conv_cases(config: ModelConfig) -> list[FunctionCase]:
+    """Three packed sequences, with and without windows before them."""
+    shape = config.linear_attention
+    if shape is None:
+        return []
+    channels = min(shape.conv_dim, MAX_CHANNELS)
+    weight, starts = _random(channels, shape.conv_width, seed=8), [0, 5, 6, 9]
+    x = _random(starts[-1], channels, seed=9)
+
+    def function(inputs: Mapping[str, Tensor]) -> Tensor:
+        return causal_conv(inputs["x"], weight, starts, inputs.get("windows"))[0]
+
+    windows = _random(3, shape.conv_width - 1, channels, seed=10)
+    return [
+        FunctionCase("from the start", function, {"x": x}),
+        FunctionCase("from windows", function, {"x": x, "windows": windows}),
+    ]
+
+
 FUNCTIONS: dict[str, Cases] = {
+    "engine.ops.causal_conv._Taps": causal_conv_cases,
     "engine.ops.quantized._QuantizedLinear": quantized_linear_cases,
+    "engine.ops.root_norm._RootNorm": root_norm_cases,
     "engine.training.loss._ChunkedCrossEntropy": cross_entropy_cases,
 }
 """Full name of each Function to its cases; no cases where a model has no use for it."""

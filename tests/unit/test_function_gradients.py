@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,8 @@ from torch import Tensor
 import engine
 from engine.config import LinearAttentionConfig, ModelConfig
 from engine.ops import quantized
+from engine.ops.causal_conv import _Taps
+from engine.ops.root_norm import _RootNorm
 from engine.training import loss
 from engine.verification.functions import FUNCTIONS, function_name
 from engine.verification.gradients import TOLERANCE, check_gradients
@@ -56,6 +59,8 @@ def subclasses(cls: type) -> Iterator[type]:
 def test_every_function_of_the_engine_is_in_the_catalogues() -> None:
     """A new autograd.Function fails here until it has cases and a list of wrong backwards."""
     for module in pkgutil.walk_packages(engine.__path__, "engine."):
+        if module.name == "engine.ops.cpu._kernels":
+            continue  # a shared library, no module
         importlib.import_module(module.name)
     found = {
         function_name(cls) for cls in subclasses(torch.autograd.Function) if cls.__module__.split(".")[0] == "engine"
@@ -97,7 +102,44 @@ def _half(grad: Tensor) -> Tensor:
     return grad
 
 
+def _after_norm(ctx: Any) -> Any:
+    """The context of a norm that kept what it gave in place of what it was given."""
+    x, inverse, weight = ctx.saved_tensors
+    return SimpleNamespace(saved_tensors=(x * inverse, inverse, weight), count=ctx.count, scale=ctx.scale)
+
+
+def _without_its_change(ctx: Any) -> Any:
+    """One whose norm does not depend on x."""
+    return SimpleNamespace(saved_tensors=ctx.saved_tensors, count=1e12, scale=ctx.scale)
+
+
+def _with_taps(change: Callable[[Tensor], Tensor]) -> Wrong:
+    def wrong(right: Any, args: Any) -> Any:
+        (weight,) = args[0].saved_tensors
+        return right(SimpleNamespace(saved_tensors=(change(weight),)), args[1])
+
+    return wrong
+
+
 WRONG: dict[str, dict[str, Wrong]] = {
+    "engine.ops.causal_conv._Taps": {
+        "sign": lambda right, args: (-right(*args)[0], None),
+        "one in a thousand": lambda right, args: (1.001 * right(*args)[0], None),
+        "taps in the order of forward": _with_taps(lambda weight: weight.flip(1)),
+        "one token late": lambda right, args: (right(*args)[0].roll(1, 0), None),
+        "one token early": lambda right, args: (right(*args)[0].roll(-1, 0), None),
+        "without the last tap": _with_taps(lambda weight: torch.cat((weight[:, :-1], 0 * weight[:, -1:]), 1)),
+        "without the first tap": _with_taps(lambda weight: torch.cat((0 * weight[:, :1], weight[:, 1:]), 1)),
+        "channels shifted": lambda right, args: (right(*args)[0].roll(1, 1), None),
+    },
+    "engine.ops.root_norm._RootNorm": {
+        "sign": lambda right, args: (-right(*args)[0], *[None] * 4),
+        "one in a thousand": lambda right, args: (1.001 * right(*args)[0], *[None] * 4),
+        "the value after the norm for the one before": lambda right, args: right(_after_norm(args[0]), args[1]),
+        "the norm taken as constant": lambda right, args: right(_without_its_change(args[0]), args[1]),
+        "rows shifted": lambda right, args: (right(*args)[0].roll(1, 0), *[None] * 4),
+        "constant": lambda right, args: (torch.ones_like(right(*args)[0]), *[None] * 4),
+    },
     "engine.ops.quantized._QuantizedLinear": {
         "sign": lambda right, args: -right(*args),
         "one in a thousand": lambda right, args: 1.001 * right(*args),
@@ -127,6 +169,8 @@ WRONG: dict[str, dict[str, Wrong]] = {
 """For each Function, backwards that are wrong: each gets the right one and what that is called with."""
 
 PLACES: dict[str, tuple[object, str]] = {
+    "engine.ops.causal_conv._Taps": (_Taps, "backward"),
+    "engine.ops.root_norm._RootNorm": (_RootNorm, "backward"),
     "engine.ops.quantized._QuantizedLinear": (quantized, "_backward"),
     "engine.training.loss._ChunkedCrossEntropy": (loss._ChunkedCrossEntropy, "backward"),
 }
