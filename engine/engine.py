@@ -32,6 +32,7 @@ from engine.jobs import (
     JobEvent,
     JobFailed,
     JobSpec,
+    MergeSpec,
     PerplexitySpec,
     QuantizeSpec,
     TrainSpec,
@@ -39,6 +40,7 @@ from engine.jobs import (
 )
 from engine.lora.combine import combine_adapters
 from engine.lora.peft import MAX_RANK
+from engine.merge import merge
 from engine.names import validate_name
 from engine.ops import cpu
 from engine.quantization.job import quantize
@@ -48,6 +50,7 @@ from engine.training.trainer import StopAndCheckpoint, train
 JOB_KINDS: dict[type, str] = {
     TrainSpec: "train",
     QuantizeSpec: "quantize",
+    MergeSpec: "merge",
     PerplexitySpec: "perplexity",
     EmbedSpec: "embed",
 }
@@ -187,6 +190,8 @@ class Engine:
             return train(spec, loaded)
         if isinstance(spec, QuantizeSpec):
             return quantize(spec, loaded, Path(loaded.info.tokenizer_path), self.load_model)
+        if isinstance(spec, MergeSpec):
+            return merge(spec, loaded, Path(loaded.info.tokenizer_path), self.load_model)
         if isinstance(spec, PerplexitySpec):
             return perplexity(spec, loaded)
         return embed(spec, loaded)

@@ -2,13 +2,15 @@
 
 A job is a generator that yields after each bounded slice of work: an event of this module, or None. Specs and events
 are plain dataclasses, so that msgspec carries them between processes. Every job ends with exactly one terminal event:
-TrainFinished, QuantizeFinished, PerplexityFinished, EmbedFinished, or JobFailed.
+TrainFinished, QuantizeFinished, MergeFinished, PerplexityFinished, EmbedFinished, or JobFailed.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Literal
+
+from engine.info import AdapterSource
 
 MAX_SOURCES = 64
 """Adapters that may go into one."""
@@ -328,6 +330,64 @@ class QuantizeFinished:
     seconds: float
 
 
+# ----------------------------------------------------------------------------------------------------------- merging
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MergeSpec:
+    """Write a model of its own with the updates of adapters added to its weights.
+
+    Attributes:
+        adapters: at least one.
+        output_dir: of the new Hugging Face directory; made by the server.
+        output_name: under which it is loaded.
+        dtype: in which matrices are stored; "auto": as in the source (see engine.merge).
+        force: also adapters that were trained on other base weights.
+        load: load the result once written.
+    """
+
+    job_id: str
+    model: str
+    adapters: list[WeightedAdapter]
+    output_dir: str
+    output_name: str
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    force: bool = False
+    load: bool = True
+
+
+@dataclass(slots=True, kw_only=True)
+class MergeProgress:
+    """Attributes: tensor: the one just done."""
+
+    job_id: str
+    tensors_done: int
+    tensors_total: int
+    tensor: str
+
+
+@dataclass(slots=True, kw_only=True)
+class MergeFinished:
+    """Attributes:
+    adapters: what was merged, versions resolved.
+    num_merged, num_kept: tensors that have an update, and those that are as in the source.
+    bytes_out: of the weight files that were written.
+    dtype: of the merged tensors, "+" between several.
+    relative_change: ||W' - W||_F / ||W||_F over all merged tensors.
+    """
+
+    job_id: str
+    output_name: str
+    output_dir: str
+    adapters: list[AdapterSource]
+    num_merged: int
+    num_kept: int
+    bytes_out: int
+    dtype: str
+    relative_change: float
+    seconds: float
+
+
 # -------------------------------------------------------------------------------------------------------- evaluation
 
 
@@ -404,7 +464,7 @@ class JobFailed:
     error_field: str = ""
 
 
-JobSpec = TrainSpec | QuantizeSpec | PerplexitySpec | EmbedSpec
+JobSpec = TrainSpec | QuantizeSpec | MergeSpec | PerplexitySpec | EmbedSpec
 JobEvent = (
     TrainStarted
     | TrainStep
@@ -415,9 +475,11 @@ JobEvent = (
     | TrainFinished
     | QuantizeProgress
     | QuantizeFinished
+    | MergeProgress
+    | MergeFinished
     | PerplexityProgress
     | PerplexityFinished
     | EmbedFinished
     | JobFailed
 )
-TERMINAL_EVENTS = (TrainFinished, QuantizeFinished, PerplexityFinished, EmbedFinished, JobFailed)
+TERMINAL_EVENTS = (TrainFinished, QuantizeFinished, MergeFinished, PerplexityFinished, EmbedFinished, JobFailed)

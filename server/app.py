@@ -355,6 +355,8 @@ def _claim_state_dir(path: Path) -> BinaryIO:
     except OSError:
         lock.close()
         raise StartError(f"state_dir: {path} is in use by another server; give --state-dir", 1) from None
+    for unfinished in (path / "models").glob(".*"):  # of jobs that died while they wrote a model
+        shutil.rmtree(unfinished, ignore_errors=True)
     shutil.rmtree(path / "staging", ignore_errors=True)
     (path / "staging").mkdir(mode=0o700, exist_ok=True)
     return lock

@@ -14,10 +14,12 @@ from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from engine.errors import InvalidArgumentError
-from engine.info import AdapterInfo, ModelInfo
+from engine.info import AdapterInfo, AdapterSource, ModelInfo
 from engine.jobs import (
     MAX_SOURCES,
     EmbedFinished,
+    MergeFinished,
+    MergeProgress,
     PerplexityFinished,
     PerplexityProgress,
     QuantizeFinished,
@@ -378,10 +380,7 @@ def to_adapter(info: AdapterInfo) -> model_pb2.Adapter:
         best_nll=info.best_nll,
         parent=None if info.parent is None else _to_version(*info.parent),
         data_digest=info.data_digest,
-        sources=[
-            model_pb2.WeightedAdapter(adapter=_to_version(source.name, source.version), weight=source.weight)
-            for source in info.sources
-        ],
+        sources=[_to_weighted(source) for source in info.sources],
         combination_method=_COMBINATION_NUMBERS[info.combination],
         forced=info.forced,
     )
@@ -405,6 +404,43 @@ def from_weighted_adapters(messages: Sequence[model_pb2.WeightedAdapter], field:
             )
         )
     return sources
+
+
+MERGE_DTYPES: dict[int, str] = {
+    model_pb2.MERGE_DTYPE_FLOAT32: "float32",
+    model_pb2.MERGE_DTYPE_BFLOAT16: "bfloat16",
+    model_pb2.MERGE_DTYPE_FLOAT16: "float16",
+}
+
+
+def to_merge_progress(event: MergeProgress) -> model_pb2.MergeAdapterResponse:
+    """A progress event."""
+    progress = model_pb2.MergeProgress(
+        tensors_done=event.tensors_done, tensors_total=event.tensors_total, tensor=event.tensor
+    )
+    return model_pb2.MergeAdapterResponse(progress=progress)
+
+
+def to_merge_report(event: MergeFinished, *, request_id: str, loaded: bool) -> model_pb2.MergeAdapterResponse:
+    """The report."""
+    report = model_pb2.MergeReport(
+        request_id=request_id,
+        output=event.output_name,
+        path=event.output_dir,
+        adapters=[_to_weighted(source) for source in event.adapters],
+        num_merged=event.num_merged,
+        num_kept=event.num_kept,
+        bytes_out=event.bytes_out,
+        dtype=event.dtype,
+        relative_change=event.relative_change,
+        duration=to_duration(event.seconds),
+        loaded=loaded,
+    )
+    return model_pb2.MergeAdapterResponse(report=report)
+
+
+def _to_weighted(source: AdapterSource) -> model_pb2.WeightedAdapter:
+    return model_pb2.WeightedAdapter(adapter=_to_version(source.name, source.version), weight=source.weight)
 
 
 def _to_version(name: str, version: int) -> model_pb2.AdapterVersion:

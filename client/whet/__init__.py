@@ -9,10 +9,10 @@
 ``AsyncClient`` has the same names, for asyncio.
 """
 
-from whet._async_streams import AsyncGeneration, AsyncQuantizeJob, AsyncTrainingRun
+from whet._async_streams import AsyncGeneration, AsyncMergeJob, AsyncQuantizeJob, AsyncTrainingRun
 from whet._channel import TLS
 from whet._retry import RetryPolicy
-from whet._streams import Generation, QuantizeJob, TrainingRun
+from whet._streams import Generation, MergeJob, QuantizeJob, TrainingRun
 from whet.aio import AsyncClient
 from whet.client import Client
 from whet.errors import (
@@ -52,6 +52,8 @@ from whet.types import (
     Completion,
     Embeddings,
     Example,
+    MergeProgress,
+    MergeReport,
     ModelInfo,
     PerplexityProgress,
     PerplexityResult,
@@ -79,6 +81,7 @@ __all__ = [
     "AlreadyExistsError",
     "AsyncClient",
     "AsyncGeneration",
+    "AsyncMergeJob",
     "AsyncQuantizeJob",
     "AsyncTrainingRun",
     "CancelledError",
@@ -96,6 +99,9 @@ __all__ = [
     "Generation",
     "InternalError",
     "InvalidArgumentError",
+    "MergeJob",
+    "MergeProgress",
+    "MergeReport",
     "ModelInfo",
     "NotFoundError",
     "OverloadedError",

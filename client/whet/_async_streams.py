@@ -9,12 +9,13 @@ import grpc
 
 from whet._async import AsyncCaller, AsyncStream
 from whet._generation import GenerationReader
+from whet._merging import MergeReader
 from whet._quantization import QuantizeReader
 from whet._retry import Attempts
 from whet._training import RunReader
 from whet._values import run_id_of
 from whet.events import Finished, TrainEvent
-from whet.types import Chunk, QuantizeProgress, QuantizeReport, Reply, RunInfo
+from whet.types import Chunk, MergeProgress, MergeReport, QuantizeProgress, QuantizeReport, Reply, RunInfo
 
 
 class AsyncGeneration(AsyncStream[Chunk]):
@@ -61,6 +62,34 @@ class AsyncQuantizeJob(AsyncStream[QuantizeProgress]):
         return self._reader.report
 
     async def result(self) -> QuantizeReport:
+        """Waits for the end; the report."""
+        await self._drain()
+        if self._reader.report is None:
+            self._reader.end()
+        return self.report
+
+
+class AsyncMergeJob(AsyncStream[MergeProgress]):
+    """Progress of a merge as it comes; then its report."""
+
+    def __init__(
+        self, caller: AsyncCaller, method: Callable[..., Any], request: Any, reader: MergeReader, attempts: Attempts
+    ) -> None:
+        super().__init__(caller, method, request, reader, attempts)
+        self._reader = reader
+
+    @property
+    def report(self) -> MergeReport:
+        """The report, after the end.
+
+        Raises:
+            RuntimeError: it has not ended; ``await job.result()`` waits for it.
+        """
+        if self._reader.report is None:
+            raise RuntimeError("the merge has not ended; iterate to its end, or await result()")
+        return self._reader.report
+
+    async def result(self) -> MergeReport:
         """Waits for the end; the report."""
         await self._drain()
         if self._reader.report is None:

@@ -194,7 +194,7 @@ AdapterSources = Mapping[str, float] | Sequence[WeightedAdapter]
 """Names to weights, or versions with weights."""
 
 
-def to_sources(sources: AdapterSources) -> list[model_pb2.WeightedAdapter]:
+def to_sources(sources: AdapterSources, field: str = "sources") -> list[model_pb2.WeightedAdapter]:
     """Adapters with weights.
 
     Raises:
@@ -205,7 +205,7 @@ def to_sources(sources: AdapterSources) -> list[model_pb2.WeightedAdapter]:
     messages = []
     for index, source in enumerate(sources):
         if not isinstance(source, WeightedAdapter):
-            reject(f"sources[{index}]", source, "a WeightedAdapter; or, for all of them, names to weights")
+            reject(f"{field}[{index}]", source, "a WeightedAdapter; or, for all of them, names to weights")
         message = model_pb2.WeightedAdapter()
         fill(message.adapter, {"name": source.name, "version": source.version}, ("name", "version"))
         fill(message, {"weight": source.weight}, ("weight",))

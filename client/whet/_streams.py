@@ -8,13 +8,14 @@ from typing import Any
 import grpc
 
 from whet._generation import GenerationReader
+from whet._merging import MergeReader
 from whet._quantization import QuantizeReader
 from whet._retry import Attempts
 from whet._sync import Caller, Stream
 from whet._training import RunReader
 from whet._values import run_id_of
 from whet.events import Finished, TrainEvent
-from whet.types import Chunk, QuantizeProgress, QuantizeReport, Reply, RunInfo
+from whet.types import Chunk, MergeProgress, MergeReport, QuantizeProgress, QuantizeReport, Reply, RunInfo
 
 
 class Generation(Stream[Chunk]):
@@ -54,6 +55,29 @@ class QuantizeJob(Stream[QuantizeProgress]):
         return self._reader.report
 
     def result(self) -> QuantizeReport:
+        """The same as ``report``."""
+        return self.report
+
+
+class MergeJob(Stream[MergeProgress]):
+    """Progress of a merge as it comes; then its report."""
+
+    def __init__(
+        self, caller: Caller, method: Callable[..., Any], request: Any, reader: MergeReader, attempts: Attempts
+    ) -> None:
+        super().__init__(caller, method, request, reader, attempts)
+        self._reader = reader
+
+    @property
+    def report(self) -> MergeReport:
+        """The report; waits for the end."""
+        self._drain()
+        if self._reader.report is None:
+            self._reader.end()
+        assert self._reader.report is not None
+        return self._reader.report
+
+    def result(self) -> MergeReport:
         """The same as ``report``."""
         return self.report
 

@@ -9,13 +9,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self, Unpack
 
-from whet import _embedding, _evaluation, _files, _generation, _models, _quantization, _training
+from whet import _embedding, _evaluation, _files, _generation, _merging, _models, _quantization, _training
 from whet._channel import DEFAULT_ADDRESS, DEFAULT_MAX_MESSAGE_BYTES, DEFAULT_TIMEOUT_SECONDS, TLS, resolve_tls
 from whet._embedding import EmbedInputs
 from whet._examples import ExampleSource
 from whet._models import AdapterSources
 from whet._retry import DEFAULT_RETRY, NO_RETRY, RetryPolicy
-from whet._streams import Generation, QuantizeJob, TrainingRun
+from whet._streams import Generation, MergeJob, QuantizeJob, TrainingRun
 from whet._sync import UNBOUNDED, Caller, Stream
 from whet._values import new_request_id
 from whet.options import AdaptOptions, GenerateOptions, QuantizeOptions, TrainOptions
@@ -510,6 +510,36 @@ class Client:
             self._model.CombineAdapters, request, request.request_id, timeout=timeout, repeat=False
         )
         return _models.from_adapter(response.adapter)
+
+    def merge_adapter(
+        self,
+        adapters: str | AdapterSources,
+        *,
+        model: str,
+        output: str,
+        dtype: str | None = None,
+        force: bool = False,
+        load: bool | None = None,
+        request_id: str | None = None,
+        timeout: float | None = None,
+    ) -> MergeJob:
+        """Writes a model of its own with adapters merged into its weights; iterate the result for progress, then read
+        its ``report``.
+
+        Args:
+            adapters: a name; names to weights; or ``WeightedAdapter``s where versions matter.
+            output: name of the new model.
+            dtype: of matrices: "float32", "bfloat16" or "float16". Default: as in the source; of a GGUF file mostly
+                bfloat16, of a quantized model the type of its scales.
+            force: also adapters that were trained on other base weights.
+            load: load the result once it is written. Default: True.
+            timeout: seconds; default: without end.
+        """
+        request = _merging.merge_request(
+            adapters, model=model, output=output, dtype=dtype, force=force, load=load, request_id=request_id
+        )
+        attempts = self._caller.attempts(timeout, default=UNBOUNDED)
+        return MergeJob(self._caller, self._model.MergeAdapter, request, _merging.MergeReader(request), attempts)
 
     def import_adapter(
         self,

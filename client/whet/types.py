@@ -222,6 +222,45 @@ class QuantizeReport:
     loaded: bool
 
 
+# ------------------------------------------------------------------------------------------------------------ merging
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MergeProgress:
+    """Attributes: tensor: the one just done."""
+
+    tensors_done: int
+    tensors_total: int
+    tensor: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MergeReport:
+    """What a merge did.
+
+    Attributes:
+        output: name of the new model.
+        path: of its directory on the server.
+        adapters: what was merged, with versions.
+        num_merged, num_kept: tensors with an update, and those as in the source.
+        bytes_out: of weights on disk, as measured.
+        dtype: of the merged tensors, with "+" between several.
+        relative_change: ||W' - W||_F / ||W||_F over the merged tensors.
+    """
+
+    request_id: str
+    output: str
+    path: str
+    adapters: list[WeightedAdapter]
+    num_merged: int
+    num_kept: int
+    bytes_out: int
+    dtype: str
+    relative_change: float
+    seconds: float
+    loaded: bool
+
+
 # -------------------------------------------------------------------------------------------- evaluation, embeddings
 
 

@@ -71,6 +71,23 @@ class StackedExperts:
     def stored_bytes(self) -> int:
         return self._inner.stored_bytes
 
+    @property
+    def stored(self) -> Checkpoint:
+        """The checkpoint as its files have it, with single experts."""
+        return self._inner
+
+    def place(self, name: str) -> tuple[str, int, int] | None:
+        """Where a stored tensor is in a stacked one: the name of that, the expert, and the first row within it; None
+        for a tensor of no expert."""
+        match = _ONE.fullmatch(name)
+        if match is None:
+            return None
+        stacked, parts = next((key, parts) for key, parts in _PARTS.items() if match["part"] in parts)
+        before = parts[: parts.index(match["part"])]
+        prefix, index = match["prefix"], int(match["index"])
+        rows = sum(self._inner.shape(f"{prefix}.{index}.{part}.weight")[0] for part in before)
+        return f"{prefix}.{stacked}", index, rows
+
     def names(self) -> Iterable[str]:
         return [*self._names, *self._stacked]
 

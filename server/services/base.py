@@ -59,6 +59,15 @@ class Services:
                     raise error_from_code(event.error_code, event.error_message, event.error_reason, event.error_field)
                 yield event
 
+    async def adopt(self, output: str) -> bool:
+        """Takes up a model that a job has written and, where the workers could, loaded; says whether it is loaded."""
+        await self.models.refresh()
+        info = self.pool.models().get(output)
+        if info is None:
+            return False
+        await self.models.adopt(output, info)
+        return True
+
     def page_size(self, asked: int) -> int:
         """How many items a page may have; 0 asks for the default.
 

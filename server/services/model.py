@@ -8,6 +8,7 @@ import shutil
 import weakref
 from collections import OrderedDict
 from collections.abc import AsyncIterator
+from contextlib import aclosing
 from pathlib import Path
 from typing import BinaryIO
 
@@ -18,6 +19,7 @@ from server import convert
 from server.adapter_changes import AdapterChanges
 from server.adapter_retention import AdapterRetention
 from server.errors import over_limit
+from server.merging import Merging
 from server.models import ModelEntry, ReadyModel
 from server.rpc import Context, current_call, new_request_id
 from server.run_manager import RunManager
@@ -39,6 +41,7 @@ class ModelService(model_pb2_grpc.ModelServiceServicer):
         self._runs = runs
         self._retention = retention
         self._changes = AdapterChanges(services, runs, retention)
+        self._merging = Merging(services)
         self._staging_dir = staging_dir
         self._imports: OrderedDict[str, tuple[bytes, asyncio.Task[model_pb2.Adapter]]] = OrderedDict()
         self._publishing: set[asyncio.Task[model_pb2.Adapter]] = set()
@@ -179,6 +182,14 @@ class ModelService(model_pb2_grpc.ModelServiceServicer):
     ) -> model_pb2.CombineAdaptersResponse:
         """Makes a new version of several adapters; see the proto file."""
         return model_pb2.CombineAdaptersResponse(adapter=convert.to_adapter(await self._changes.combine(request)))
+
+    async def MergeAdapter(
+        self, request: model_pb2.MergeAdapterRequest, context: Context
+    ) -> AsyncIterator[model_pb2.MergeAdapterResponse]:
+        """Writes a model with adapters merged in; see the proto file."""
+        async with aclosing(self._merging.merge(request)) as responses:
+            async for response in responses:
+                yield response
 
     async def ImportAdapter(
         self, request_iterator: AsyncIterator[model_pb2.ImportAdapterRequest], context: Context

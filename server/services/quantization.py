@@ -60,10 +60,7 @@ class QuantizationService(quantization_pb2_grpc.QuantizationServiceServicer):
         if not spec.dry_run:
             services.metrics.quantize_bytes_in_total.labels(spec.model).inc(event.bytes_in)
             services.metrics.quantize_bytes_out_total.labels(spec.model).inc(event.bytes_out or 0)
-            await services.models.refresh()
-            if spec.load and (info := services.pool.models().get(spec.output_name)) is not None:
-                await services.models.adopt(spec.output_name, info)
-                loaded = True
+            loaded = await services.adopt(spec.output_name)
         return convert.to_quantize_report(event, request_id=call.request_id, dry_run=spec.dry_run, loaded=loaded)
 
     async def _spec(self, request: quantization_pb2.QuantizeRequest, model: ReadyModel, output: str) -> QuantizeSpec:

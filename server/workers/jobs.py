@@ -17,6 +17,8 @@ from engine.jobs import (
     JobFailed,
     JobSpec,
     JobWarning,
+    MergeFinished,
+    MergeSpec,
     QuantizeFinished,
     QuantizeSpec,
     TrainCheckpoint,
@@ -127,7 +129,7 @@ class Jobs:
 
     async def _place(self, job: Job) -> None:
         spec = job.spec
-        if isinstance(spec, QuantizeSpec):
+        if isinstance(spec, QuantizeSpec | MergeSpec):
             # The result is loaded from here: on every worker, each of which first says that it will be busy.
             spec = dataclasses.replace(spec, load=False)
         replica = await self._router.acquire(spec.model)
@@ -213,7 +215,7 @@ class Jobs:
         try:
             if isinstance(event, TrainPublished):
                 await self._deployment.published(job.spec.model, event.adapter, event.version, by=job.replica)
-            elif isinstance(event, QuantizeFinished) and _loads_result(job.spec):
+            elif isinstance(event, QuantizeFinished | MergeFinished) and _loads_result(job.spec):
                 await self._deployment.load_model(event.output_name, event.output_dir)
         except EngineError as error:
             logger.error("job %s: not every worker could follow: %s", job.spec.job_id, error.message)
@@ -222,6 +224,8 @@ class Jobs:
 
 
 def _loads_result(spec: JobSpec) -> bool:
+    if isinstance(spec, MergeSpec):
+        return spec.load
     return isinstance(spec, QuantizeSpec) and spec.load and not spec.dry_run
 
 

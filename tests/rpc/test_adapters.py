@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -324,6 +326,95 @@ def test_what_cannot_be_combined(client: Client, sources: dict[str, float], meth
     assert versions(client, "bad") == []
 
 
+# -------------------------------------------------------------------------------------------------------------- merge
+
+
+def test_merge(client: Client, rpc_server: ServerProcess, capsys: pytest.CaptureFixture[str]) -> None:
+    """The new model is listed and loaded, and gives every token of the prompt the log-probability that base and adapter
+    give it; a repeated call finds the first one's report; the command does the same."""
+    train(client, "fuse", learning_rate=5e-2)
+    options: dict[str, Any] = {"temperature": 0.0, "max_tokens": 16, "ignore_eos": True, "prompt_logprobs": True}
+    expected = client.complete("3 is a", model=MODEL, adapter="fuse", **options)
+    job = client.merge_adapter("fuse", model=MODEL, output="fused", request_id="fuse-once")
+    progress = list(job)
+    report = job.report
+    assert [p.tensors_done for p in progress] == list(range(1, progress[-1].tensors_total + 1))
+    assert (report.output, report.dtype, report.loaded) == ("fused", "float32", True)
+    assert report.num_merged + report.num_kept == progress[-1].tensors_total
+    assert report.adapters == [whet.WeightedAdapter(name="fuse", version=1, weight=1.0)]
+    assert 0.0 < report.relative_change < 1.0
+    model = client.model("fused")
+    assert (model.state, model.quantization) == ("ready", "none")
+    assert model.weights_digest != client.model(MODEL).weights_digest
+    alone = client.complete("3 is a", model="fused", **options)
+    assert expected.prompt_logprobs is not None
+    assert alone.prompt_logprobs is not None
+    assert alone.prompt_logprobs[1:] == pytest.approx(expected.prompt_logprobs[1:], abs=1e-4)
+    assert alone.text == expected.text
+    assert client.merge_adapter("fuse", model=MODEL, output="fused", request_id="fuse-once").report == report
+    arguments = ("fuse:1=0.5", "-m", MODEL, "-o", "fused-half", "--no-load", "--dtype", "bfloat16")
+    assert command(rpc_server, "adapters", "merge", *arguments) == 0
+    assert "0.5*fuse:1" in capsys.readouterr().out
+    assert client.model("fused-half").state == "unloaded"
+    assert client.load_model("fused-half").state == "ready"
+    for name in ("fused", "fused-half"):
+        client.unload_model(name)
+
+
+def test_what_cannot_be_merged(client: Client, rpc_server: ServerProcess) -> None:
+    """Each is refused with the field or the value at fault; no model appears."""
+    train(client, "unfused")
+    before = [model.name for model in client.models()]
+    for adapters, values, field in (
+        ({}, {}, "adapters"),
+        ({"unfused": float("nan")}, {}, "adapters[0].weight"),
+        ({"a/b": 1.0}, {}, "adapters[0].adapter.name"),
+        ("unfused", {"output": "../x"}, "output"),
+        ("unfused", {"output": ""}, "output"),
+        ("unfused", {"dtype": "int8"}, "dtype"),
+    ):
+        with pytest.raises(whet.InvalidArgumentError) as caught:
+            client.merge_adapter(adapters, **({"model": MODEL, "output": "x"} | values)).result()  # type: ignore[arg-type]
+        assert [violation.field for violation in caught.value.field_violations] == [field]
+    for name, values, error in (
+        ("unknown", {}, whet.NotFoundError),
+        ("unfused", {"model": "unknown"}, whet.NotFoundError),
+        ("unfused", {"output": MODEL}, whet.AlreadyExistsError),
+    ):
+        with pytest.raises(error):
+            client.merge_adapter(name, **({"model": MODEL, "output": "x"} | values)).result()  # type: ignore[arg-type]
+    assert [model.name for model in client.models()] == before
+    assert list((rpc_server.state_dir / "models").glob(".*")) == []
+
+
+def test_a_worker_killed_in_a_merge_leaves_no_model(start_server: Any, tmp_path: Path) -> None:
+    """The call ends with UNAVAILABLE, ListModels knows nothing of the half, its name is free once the worker is back,
+    and the next start of the server clears what was left."""
+    deep = save_tiny_tokenizer(
+        save_tiny_llama(tmp_path / "deep", num_hidden_layers=40, max_position_embeddings=CONTEXT)
+    )
+    server = start_server("--job-slice-ms", "0.001", models=["--model", f"{MODEL}={deep}"])
+    written = server.state_dir / "models"
+    with Client(server.address, retry=None) as client:
+        client.adapt(EXAMPLES[:2], model=MODEL, adapter="tone")
+        for attempt in range(20):  # until it is caught in the middle
+            job = client.merge_adapter("tone", model=MODEL, output=f"half-{attempt}", load=False)
+            next(job)
+            os.kill(server.worker_pid(), signal.SIGKILL)
+            try:
+                job.result()
+            except whet.UnavailableError:
+                break
+        assert list(written.glob(f".half-{attempt}.*"))
+        assert f"half-{attempt}" not in [model.name for model in client.models()]
+        assert not (written / f"half-{attempt}").exists()
+        merged = client.merge_adapter("tone", model=MODEL, output=f"half-{attempt}", load=False).report
+        assert merged.num_merged == 40 * 7
+    server.stop()
+    start_server(models=["--model", f"{MODEL}={deep}"])
+    assert list(written.glob(".*")) == []
+
+
 async def test_asyncio(rpc_server: ServerProcess) -> None:
     """The same calls, awaited."""
     async with whet.AsyncClient(rpc_server.address) as client:
@@ -333,5 +424,8 @@ async def test_asyncio(rpc_server: ServerProcess) -> None:
         await client.combine_adapters("async", {"async": 2.0}, model=MODEL)
         await client.rename_adapter("async", "async-new", model=MODEL)
         assert names(await client.adapter_lineage("async-new", model=MODEL)) == [("async-new", 1), ("async-new", 3)]
+        job = client.merge_adapter("async-new", model=MODEL, output="async-merged", load=False)
+        assert (await anext(job)).tensors_done == 1
+        assert (await job.result()).adapters == [whet.WeightedAdapter(name="async-new", version=3, weight=1.0)]
         gone = await client.prune_adapters("async-new", model=MODEL, keep_last=1)
         assert names(gone) == [("async-new", 1), ("async-new", 2)]

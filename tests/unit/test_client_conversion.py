@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import whet
-from whet import _embedding, _evaluation, _examples, _generation, _models, _quantization, _training
+from whet import _embedding, _evaluation, _examples, _generation, _merging, _models, _quantization, _training
 from whet.options import AdaptOptions, GenerateOptions, QuantizeOptions, TrainOptions
 from whet.v1 import generation_pb2, model_pb2, quantization_pb2, training_pb2
 
@@ -470,6 +470,8 @@ def test_every_field_of_a_resource_is_read() -> None:
     durations = {"duration": "seconds"}
     report = {durations.get(field.name, field.name) for field in quantization_pb2.QuantizeReport.DESCRIPTOR.fields}
     assert report == set(whet.QuantizeReport.__dataclass_fields__)
+    merged = {durations.get(field.name, field.name) for field in model_pb2.MergeReport.DESCRIPTOR.fields}
+    assert merged == set(whet.MergeReport.__dataclass_fields__)
 
 
 def _adapter(name: str, version: int, *, live: bool = False, parent: str = "", sources: tuple[str, ...] = ()) -> Any:
@@ -518,3 +520,30 @@ def test_ancestors_come_before_what_came_from_them() -> None:
     for name, version in (("b", None), ("a", 9), ("unknown", None)):
         with pytest.raises(whet.NotFoundError, match=name):
             chain(name, version)
+
+
+def test_adapters_with_weights_are_given_in_three_ways() -> None:
+    """Names to weights, versions with weights, or, to merge, a single name; anything else is refused by its place."""
+
+    def sent(adapters: Any) -> list[tuple[str, int | None, float]]:
+        request = _merging.merge_request(
+            adapters, model="m", output="o", dtype=None, force=False, load=None, request_id="r"
+        )
+        assert (request.request_id, request.dtype, request.HasField("load")) == ("r", 0, False)
+        given = [_models.from_weighted(adapter) for adapter in request.adapters]
+        return [(adapter.name, adapter.version, adapter.weight) for adapter in given]
+
+    assert sent("tone") == [("tone", None, 1.0)]
+    assert sent({"tone": 0.5, "voice": -2}) == [("tone", None, 0.5), ("voice", None, -2.0)]
+    weighted = [whet.WeightedAdapter(name="tone", version=0), whet.WeightedAdapter(name="tone", version=3, weight=0.0)]
+    assert sent(weighted) == [("tone", 0, 1.0), ("tone", 3, 0.0)]
+    for bad, field in ((["tone"], "adapters[0]"), ([*weighted, ("tone", 1.0)], "adapters[2]")):
+        with pytest.raises(whet.InvalidArgumentError) as caught:
+            sent(bad)
+        assert caught.value.field_violations[0].field == field
+    combined = _models.combine_adapters_request("new", {"a": 1.0}, "m", "linear", True)
+    assert (combined.method, combined.force) == (model_pb2.COMBINATION_METHOD_LINEAR, True)
+    with pytest.raises(whet.InvalidArgumentError, match="cat, linear"):
+        _models.combine_adapters_request("new", {"a": 1.0}, "m", "ties", False)
+    pruned = _models.prune_adapters_request(None, "m", 0, True)
+    assert (pruned.name, pruned.HasField("keep_last"), pruned.keep_last, pruned.dry_run) == ("", True, 0, True)

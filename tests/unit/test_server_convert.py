@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from engine.errors import InvalidArgumentError
 from engine.info import AdapterInfo, AdapterSource, ModelInfo
-from engine.jobs import EmbedFinished, JobFailed, LoRAParams, TrainParams
+from engine.jobs import EmbedFinished, JobFailed, LoRAParams, TrainParams, WeightedAdapter
 from engine.request import SamplingParams, Timings, TokenLogprob
 from server import convert, convert_training
 from server.config import ServerConfig
@@ -263,3 +263,25 @@ def test_the_origin_of_an_adapter_is_told_whole() -> None:
     plain = convert.to_adapter(dataclasses.replace(info, parent=None, sources=[], combination="", data_digest=""))
     assert not plain.HasField("parent")
     assert (len(plain.sources), plain.combination_method, plain.data_digest) == (0, 0, "")
+
+
+def test_adapters_with_weights() -> None:
+    """A weight that is not given is 1, 0 is a weight; versions and numbers are checked where they stand."""
+    message = model_pb2.MergeAdapterRequest()
+    message.adapters.add(adapter=model_pb2.AdapterVersion(name="a"))
+    message.adapters.add(adapter=model_pb2.AdapterVersion(name="b", version=0), weight=0.0)
+    assert convert.from_weighted_adapters(message.adapters, "adapters") == [
+        WeightedAdapter(name="a"), WeightedAdapter(name="b", version=0, weight=0.0),
+    ]  # fmt: skip
+    for field, adapter in (
+        ("adapters[2].weight", model_pb2.WeightedAdapter(adapter=message.adapters[0].adapter, weight=math.inf)),
+        ("adapters[2].weight", model_pb2.WeightedAdapter(adapter=message.adapters[0].adapter, weight=math.nan)),
+        ("adapters[2].adapter.name", model_pb2.WeightedAdapter(weight=1.0)),
+        ("adapters[2].adapter.version", model_pb2.WeightedAdapter(adapter={"name": "a", "version": -1})),
+    ):
+        with pytest.raises(InvalidArgumentError) as caught:
+            convert.from_weighted_adapters([*message.adapters, adapter], "adapters")
+        assert caught.value.field == field
+    for count in (0, 65):
+        with pytest.raises(InvalidArgumentError, match="1 to 64"):
+            convert.from_weighted_adapters([message.adapters[0]] * count, "adapters")

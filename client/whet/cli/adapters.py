@@ -7,8 +7,8 @@ import datetime
 
 import click
 
-from whet import AdapterInfo, WeightedAdapter
-from whet.cli.app import Settings, settings_options, shown
+from whet import AdapterInfo, MergeReport, WeightedAdapter
+from whet.cli.app import Settings, progress_bar, settings_options, shown
 
 _COLUMNS = ("model", "name", "version", "live", "loaded", "rank", "alpha", "best_nll", "created_at")
 
@@ -198,6 +198,47 @@ def combine_adapters(
         weighted = [parse_source(source) for source in sources]
         combined = client.combine_adapters(name, weighted, model=model, method=method, force=force)
         settings.emit_table("adapter", [combined], _COLUMNS)
+
+
+@adapters.command("merge")
+@click.argument("sources", nargs=-1, required=True, metavar="NAME[:VERSION][=WEIGHT]...")
+@click.option("--model", "-m", required=True)
+@click.option("--output", "-o", required=True, help="Name of the new model.")
+@click.option(
+    "--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default=None, help="Default: the source's."
+)
+@click.option("--force", is_flag=True, help="Also adapters that were trained on other base weights.")
+@click.option("--load/--no-load", default=None, help="Load the new model.")
+@settings_options
+@click.pass_obj
+def merge_adapter(
+    settings: Settings,
+    sources: tuple[str, ...],
+    model: str,
+    output: str,
+    dtype: str | None,
+    force: bool,
+    load: bool | None,
+) -> None:
+    """Write a model of its own with adapters merged into its weights."""
+    weighted = [parse_source(source) for source in sources]
+    with settings.client() as client, progress_bar(settings) as bar:
+        task = bar.add_task("merging", total=None)
+        with client.merge_adapter(weighted, model=model, output=output, dtype=dtype, force=force, load=load) as job:
+            for progress in job:
+                settings.emit("progress", progress)
+                bar.update(task, completed=progress.tensors_done, total=progress.tensors_total)
+            report = job.report
+    settings.emit("report", report, lambda: print(_describe_merge(report)))
+
+
+def _describe_merge(report: MergeReport) -> str:
+    loaded = ", loaded" if report.loaded else ""
+    return (
+        f"{report.output}: {' + '.join(map(str, report.adapters))}; {report.num_merged} tensors merged in "
+        f"{report.dtype}, {report.num_kept} kept, {report.bytes_out / 1e6:.1f} MB, relative change "
+        f"{report.relative_change:.3g}, {report.seconds:.1f} s{loaded}"
+    )
 
 
 def parse_source(text: str) -> WeightedAdapter:

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import click
 from click.core import ParameterSource
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from whet import TLS, Client, WhetError
@@ -68,6 +69,19 @@ class Settings:
         # A pipe has no width; folding a table to 80 columns would break lines for the program that reads it.
         width = None if sys.stdout.isatty() else 10_000
         Console(highlight=False, width=width).print(table)
+
+
+def progress_bar(settings: Settings) -> Progress:
+    """A bar on stderr, for people alone."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=progress_console,
+        transient=True,
+        disable=settings.json or not progress_console.is_terminal,
+    )
 
 
 def shown(value: object) -> str:

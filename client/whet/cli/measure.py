@@ -5,23 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import click
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from whet import QuantizeReport
-from whet.cli.app import Settings, given, pick_model, progress_console, read_text, settings_options
-
-
-def _progress(settings: Settings) -> Progress:
-    """A bar on stderr, for people alone."""
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        console=progress_console,
-        transient=True,
-        disable=settings.json or not progress_console.is_terminal,
-    )
+from whet.cli.app import Settings, given, pick_model, progress_bar, read_text, settings_options
 
 
 @click.command()
@@ -43,7 +29,7 @@ def quantize(
     """Write a quantized copy of a model."""
     if eval_file is not None:
         options["eval_text"] = read_text(None, eval_file)
-    with settings.client() as client, _progress(settings) as bar:
+    with settings.client() as client, progress_bar(settings) as bar:
         name = pick_model(client, model, "generate")
         task = bar.add_task("quantizing", total=None)
         with client.quantize(model=name, scheme=scheme, output=output, **given(options)) as job:
@@ -93,7 +79,7 @@ def _describe(report: QuantizeReport) -> str:
 def perplexity(settings: Settings, /, text: str | None, file: str | None, model: str | None, **options: Any) -> None:
     """Perplexity of TEXT under a model."""
     text = read_text(text, file)
-    with settings.client() as client, _progress(settings) as bar:
+    with settings.client() as client, progress_bar(settings) as bar:
         name = pick_model(client, model, "generate")
         task = bar.add_task("windows", total=None)
         result = client.perplexity(

@@ -89,6 +89,25 @@ COMBINATION_METHOD_LINEAR: CombinationMethod.ValueType  # 2
 """Weighted sums of A and of B, which is no sum of the updates. The ranks must be equal and stay. PEFT's "linear"."""
 Global___CombinationMethod: _TypeAlias = CombinationMethod  # noqa: Y015
 
+class _MergeDtype:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _MergeDtypeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_MergeDtype.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    MERGE_DTYPE_UNSPECIFIED: _MergeDtype.ValueType  # 0
+    MERGE_DTYPE_FLOAT32: _MergeDtype.ValueType  # 1
+    MERGE_DTYPE_BFLOAT16: _MergeDtype.ValueType  # 2
+    MERGE_DTYPE_FLOAT16: _MergeDtype.ValueType  # 3
+
+class MergeDtype(_MergeDtype, metaclass=_MergeDtypeEnumTypeWrapper): ...
+
+MERGE_DTYPE_UNSPECIFIED: MergeDtype.ValueType  # 0
+MERGE_DTYPE_FLOAT32: MergeDtype.ValueType  # 1
+MERGE_DTYPE_BFLOAT16: MergeDtype.ValueType  # 2
+MERGE_DTYPE_FLOAT16: MergeDtype.ValueType  # 3
+Global___MergeDtype: _TypeAlias = MergeDtype  # noqa: Y015
+
 @_typing.final
 class Model(_message.Message):
     """A model. Fields after `error` are unset until it is loaded."""
@@ -988,6 +1007,170 @@ class CombineAdaptersResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___CombineAdaptersResponse: _TypeAlias = CombineAdaptersResponse  # noqa: Y015
+
+@_typing.final
+class MergeAdapterRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    MODEL_FIELD_NUMBER: _builtins.int
+    ADAPTERS_FIELD_NUMBER: _builtins.int
+    OUTPUT_FIELD_NUMBER: _builtins.int
+    DTYPE_FIELD_NUMBER: _builtins.int
+    FORCE_FIELD_NUMBER: _builtins.int
+    LOAD_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    """Idempotency key, too."""
+    model: _builtins.str
+    """Name of a loaded model."""
+    output: _builtins.str
+    """Name of the new model. The directory is the server's choice."""
+    dtype: Global___MergeDtype.ValueType
+    """Of matrices; vectors keep their type. Default: the source's own types; bfloat16 for a GGUF file that has others than
+    float32 and float16, and the type of the scales for a quantized model.
+    """
+    force: _builtins.bool
+    """Also adapters that were trained on other base weights than the model's."""
+    load: _builtins.bool
+    """Load the result once it is written. Default: true."""
+    @_builtins.property
+    def adapters(self) -> _containers.RepeatedCompositeFieldContainer[Global___WeightedAdapter]:
+        """1 to 64. Their weighted updates are summed."""
+
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.str = ...,
+        model: _builtins.str = ...,
+        adapters: _abc.Iterable[Global___WeightedAdapter] | None = ...,
+        output: _builtins.str = ...,
+        dtype: Global___MergeDtype.ValueType = ...,
+        force: _builtins.bool = ...,
+        load: _builtins.bool | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_load", b"_load", "load", b"load"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_load", b"_load", "adapters", b"adapters", "dtype", b"dtype", "force", b"force", "load", b"load", "model", b"model", "output", b"output", "request_id", b"request_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__load: _TypeAlias = _typing.Literal["load"]  # noqa: Y015
+    _WhichOneofArgType__load: _TypeAlias = _typing.Literal["_load", b"_load"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__load) -> _WhichOneofReturnType__load | None: ...
+
+Global___MergeAdapterRequest: _TypeAlias = MergeAdapterRequest  # noqa: Y015
+
+@_typing.final
+class MergeAdapterResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROGRESS_FIELD_NUMBER: _builtins.int
+    REPORT_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def progress(self) -> Global___MergeProgress: ...
+    @_builtins.property
+    def report(self) -> Global___MergeReport:
+        """Terminal."""
+
+    def __init__(
+        self,
+        *,
+        progress: Global___MergeProgress | None = ...,
+        report: Global___MergeReport | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "progress", b"progress", "report", b"report"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "progress", b"progress", "report", b"report"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["progress", "report"]  # noqa: Y015
+    _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
+
+Global___MergeAdapterResponse: _TypeAlias = MergeAdapterResponse  # noqa: Y015
+
+@_typing.final
+class MergeProgress(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TENSORS_DONE_FIELD_NUMBER: _builtins.int
+    TENSORS_TOTAL_FIELD_NUMBER: _builtins.int
+    TENSOR_FIELD_NUMBER: _builtins.int
+    tensors_done: _builtins.int
+    tensors_total: _builtins.int
+    tensor: _builtins.str
+    """The one just done."""
+    def __init__(
+        self,
+        *,
+        tensors_done: _builtins.int = ...,
+        tensors_total: _builtins.int = ...,
+        tensor: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["tensor", b"tensor", "tensors_done", b"tensors_done", "tensors_total", b"tensors_total"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MergeProgress: _TypeAlias = MergeProgress  # noqa: Y015
+
+@_typing.final
+class MergeReport(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    OUTPUT_FIELD_NUMBER: _builtins.int
+    PATH_FIELD_NUMBER: _builtins.int
+    ADAPTERS_FIELD_NUMBER: _builtins.int
+    NUM_MERGED_FIELD_NUMBER: _builtins.int
+    NUM_KEPT_FIELD_NUMBER: _builtins.int
+    BYTES_OUT_FIELD_NUMBER: _builtins.int
+    DTYPE_FIELD_NUMBER: _builtins.int
+    RELATIVE_CHANGE_FIELD_NUMBER: _builtins.int
+    DURATION_FIELD_NUMBER: _builtins.int
+    LOADED_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.str
+    output: _builtins.str
+    """Name of the new model."""
+    path: _builtins.str
+    """Of the new directory on the server."""
+    num_merged: _builtins.int
+    """Tensors with an update, and those as in the source."""
+    num_kept: _builtins.int
+    bytes_out: _builtins.int
+    """Weights on disk, as measured."""
+    dtype: _builtins.str
+    """Of the merged tensors: "bfloat16"; several with "+" between them."""
+    relative_change: _builtins.float
+    """||W' - W||_F / ||W||_F over the merged tensors."""
+    loaded: _builtins.bool
+    """The new model is loaded."""
+    @_builtins.property
+    def adapters(self) -> _containers.RepeatedCompositeFieldContainer[Global___WeightedAdapter]:
+        """What was merged."""
+
+    @_builtins.property
+    def duration(self) -> _duration_pb2.Duration: ...
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.str = ...,
+        output: _builtins.str = ...,
+        path: _builtins.str = ...,
+        adapters: _abc.Iterable[Global___WeightedAdapter] | None = ...,
+        num_merged: _builtins.int = ...,
+        num_kept: _builtins.int = ...,
+        bytes_out: _builtins.int = ...,
+        dtype: _builtins.str = ...,
+        relative_change: _builtins.float = ...,
+        duration: _duration_pb2.Duration | None = ...,
+        loaded: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["duration", b"duration"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters", b"adapters", "bytes_out", b"bytes_out", "dtype", b"dtype", "duration", b"duration", "loaded", b"loaded", "num_kept", b"num_kept", "num_merged", b"num_merged", "output", b"output", "path", b"path", "relative_change", b"relative_change", "request_id", b"request_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MergeReport: _TypeAlias = MergeReport  # noqa: Y015
 
 @_typing.final
 class ImportAdapterRequest(_message.Message):

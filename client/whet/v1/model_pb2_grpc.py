@@ -98,6 +98,11 @@ class ModelServiceStub:
                 request_serializer=whet_dot_v1_dot_model__pb2.CombineAdaptersRequest.SerializeToString,
                 response_deserializer=whet_dot_v1_dot_model__pb2.CombineAdaptersResponse.FromString,
                 _registered_method=True)
+        self.MergeAdapter = channel.unary_stream(
+                '/whet.v1.ModelService/MergeAdapter',
+                request_serializer=whet_dot_v1_dot_model__pb2.MergeAdapterRequest.SerializeToString,
+                response_deserializer=whet_dot_v1_dot_model__pb2.MergeAdapterResponse.FromString,
+                _registered_method=True)
         self.ImportAdapter = channel.stream_unary(
                 '/whet.v1.ModelService/ImportAdapter',
                 request_serializer=whet_dot_v1_dot_model__pb2.ImportAdapterRequest.SerializeToString,
@@ -204,6 +209,15 @@ class ModelServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def MergeAdapter(self, request, context):
+        """Writes a model of its own with the updates of adapters added to its weights, as a Hugging Face directory in plain
+        floats. The stream is any number of `progress` and one `report`, or it ends with an error; then nothing was written.
+        Cancelling the call cancels the work. A repeated call with the same request_id finds the first one's work or report.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ImportAdapter(self, request_iterator, context):
         """Uploads the files of a PEFT adapter (adapter_config.json, adapter_model.safetensors) as a new version, live at
         once. One `header`, then the `chunk`s of the files that it announced.
@@ -282,6 +296,11 @@ def add_ModelServiceServicer_to_server(servicer, server):
                     servicer.CombineAdapters,
                     request_deserializer=whet_dot_v1_dot_model__pb2.CombineAdaptersRequest.FromString,
                     response_serializer=whet_dot_v1_dot_model__pb2.CombineAdaptersResponse.SerializeToString,
+            ),
+            'MergeAdapter': grpc.unary_stream_rpc_method_handler(
+                    servicer.MergeAdapter,
+                    request_deserializer=whet_dot_v1_dot_model__pb2.MergeAdapterRequest.FromString,
+                    response_serializer=whet_dot_v1_dot_model__pb2.MergeAdapterResponse.SerializeToString,
             ),
             'ImportAdapter': grpc.stream_unary_rpc_method_handler(
                     servicer.ImportAdapter,
@@ -622,6 +641,33 @@ class ModelService:
             '/whet.v1.ModelService/CombineAdapters',
             whet_dot_v1_dot_model__pb2.CombineAdaptersRequest.SerializeToString,
             whet_dot_v1_dot_model__pb2.CombineAdaptersResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def MergeAdapter(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/whet.v1.ModelService/MergeAdapter',
+            whet_dot_v1_dot_model__pb2.MergeAdapterRequest.SerializeToString,
+            whet_dot_v1_dot_model__pb2.MergeAdapterResponse.FromString,
             options,
             channel_credentials,
             insecure,

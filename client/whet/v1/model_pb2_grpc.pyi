@@ -66,6 +66,11 @@ class ModelServiceStub:
     """
     CombineAdapters: _grpc.UnaryUnaryMultiCallable[_model_pb2.CombineAdaptersRequest, _model_pb2.CombineAdaptersResponse]
     """Makes a new version from several adapters of a model, live at once."""
+    MergeAdapter: _grpc.UnaryStreamMultiCallable[_model_pb2.MergeAdapterRequest, _model_pb2.MergeAdapterResponse]
+    """Writes a model of its own with the updates of adapters added to its weights, as a Hugging Face directory in plain
+    floats. The stream is any number of `progress` and one `report`, or it ends with an error; then nothing was written.
+    Cancelling the call cancels the work. A repeated call with the same request_id finds the first one's work or report.
+    """
     ImportAdapter: _grpc.StreamUnaryMultiCallable[_model_pb2.ImportAdapterRequest, _model_pb2.ImportAdapterResponse]
     """Uploads the files of a PEFT adapter (adapter_config.json, adapter_model.safetensors) as a new version, live at
     once. One `header`, then the `chunk`s of the files that it announced.
@@ -113,6 +118,11 @@ class ModelServiceAsyncStub(ModelServiceStub):
     """
     CombineAdapters: _aio.UnaryUnaryMultiCallable[_model_pb2.CombineAdaptersRequest, _model_pb2.CombineAdaptersResponse]  # type: ignore[assignment]
     """Makes a new version from several adapters of a model, live at once."""
+    MergeAdapter: _aio.UnaryStreamMultiCallable[_model_pb2.MergeAdapterRequest, _model_pb2.MergeAdapterResponse]  # type: ignore[assignment]
+    """Writes a model of its own with the updates of adapters added to its weights, as a Hugging Face directory in plain
+    floats. The stream is any number of `progress` and one `report`, or it ends with an error; then nothing was written.
+    Cancelling the call cancels the work. A repeated call with the same request_id finds the first one's work or report.
+    """
     ImportAdapter: _aio.StreamUnaryMultiCallable[_model_pb2.ImportAdapterRequest, _model_pb2.ImportAdapterResponse]  # type: ignore[assignment]
     """Uploads the files of a PEFT adapter (adapter_config.json, adapter_model.safetensors) as a new version, live at
     once. One `header`, then the `chunk`s of the files that it announced.
@@ -229,6 +239,17 @@ class ModelServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_model_pb2.CombineAdaptersResponse, _abc.Awaitable[_model_pb2.CombineAdaptersResponse]]:
         """Makes a new version from several adapters of a model, live at once."""
+
+    @_abc_1.abstractmethod
+    def MergeAdapter(
+        self,
+        request: _model_pb2.MergeAdapterRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_model_pb2.MergeAdapterResponse], _abc.AsyncIterator[_model_pb2.MergeAdapterResponse]]:
+        """Writes a model of its own with the updates of adapters added to its weights, as a Hugging Face directory in plain
+        floats. The stream is any number of `progress` and one `report`, or it ends with an error; then nothing was written.
+        Cancelling the call cancels the work. A repeated call with the same request_id finds the first one's work or report.
+        """
 
     @_abc_1.abstractmethod
     def ImportAdapter(
