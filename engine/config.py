@@ -163,7 +163,7 @@ class EngineConfig:
         block_size: tokens of one attention cache block.
         enable_prefix_caching: share blocks among equal prefixes.
         state_checkpoint_interval: blocks between the checkpoints of recurrent state that prefixes are shared from,
-            besides the one at the end of each prompt; 0: only those.
+            besides those at the ends of prompts and completions; 0: only those.
         job_slice_seconds: target duration of a slice of a job while requests are running.
         job_share: fraction of the loop's time that jobs may take while requests are running, (0, 1].
         state_dir: adapters, checkpoints and quantized models live below it.

@@ -141,7 +141,7 @@ class ServerConfig(BaseSettings):
         ge=0,
         le=1 << 20,
         description="Cache blocks between checkpoints of recurrent state, from which hybrid models share prefixes; "
-        "0: only at the end of each prompt.",
+        "0: only at the ends of prompts and completions.",
     )
     job_slice_ms: float = Field(
         default=50.0, gt=0, le=60_000, description="Target milliseconds of one slice of a job while requests run."

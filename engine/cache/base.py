@@ -57,9 +57,12 @@ class CacheManager(ABC):
         """
 
     @abstractmethod
-    def allocate(self, sequence: CachedSequence, num_tokens: int) -> bool:
+    def allocate(self, sequence: CachedSequence, num_tokens: int, num_drafts: int = 0) -> bool:
         """Room for ``num_tokens`` tokens after the computed ones. Idempotent.
 
+        Args:
+            num_drafts: the last so many of them are drafts: ``rollback`` may take them back after ``commit``. At least
+                one token is none.
         Returns: False, with nothing changed, if there is not enough.
         """
 

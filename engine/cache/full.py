@@ -45,7 +45,7 @@ class FullAttentionManager(CacheManager):
         sequence.num_computed_tokens = len(sequence.block_table) * self.block_size
         return sequence.num_computed_tokens
 
-    def allocate(self, sequence: CachedSequence, num_tokens: int) -> bool:
+    def allocate(self, sequence: CachedSequence, num_tokens: int, num_drafts: int = 0) -> bool:
         blocks = self.pool.allocate(self.blocks_needed(sequence, num_tokens))
         if blocks is None:
             return False

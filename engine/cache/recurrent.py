@@ -27,12 +27,17 @@ class HeldState:
         source: checkpoint that its state will be copied from, held until then; 0: none.
         planned: (position, slot) of states that the step under way keeps: after ``position`` tokens, into ``slot``.
         target: tokens that it was to compute when it began; its prompt, and after a preemption its completion too.
+        trailing: (position, hash) of its checkpoints that are of use only until a later one is kept.
+        snapshot, snapshot_at: slot of the state after ``snapshot_at`` tokens, before drafts; 0: none.
     """
 
     slot: int = 0
     source: int = 0
     planned: list[tuple[int, int]] = field(default_factory=list)
     target: int = 0
+    trailing: list[tuple[int, bytes]] = field(default_factory=list)
+    snapshot: int = 0
+    snapshot_at: int = 0
 
 
 class StateSlots:
@@ -66,6 +71,11 @@ class StateSlots:
     def num_checkpoints(self) -> int:
         """States at known prefixes that no sequence holds."""
         return self.pool.num_cached
+
+    @property
+    def has_empty(self) -> bool:
+        """Whether there is a slot that holds nothing."""
+        return self.pool.num_free > self.pool.num_cached
 
     def take_copies(self) -> list[tuple[int, int]]:
         """(from, to) of slots to copy before the next forward, in this order."""
@@ -112,12 +122,30 @@ class StateSlots:
 
         Returns: False if all slots are held, or could be needed by sequences that may yet come.
         """
+        slot = self._spare()
+        if slot:
+            state.planned.append((position, slot))
+        return bool(slot)
+
+    def plan_snapshot(self, state: HeldState, position: int) -> None:
+        """The state after ``position`` tokens will be kept for this sequence alone, until ``drop_snapshot``; in the
+        slot of its last snapshot if it has one. Where no slot is to spare, there is none."""
+        state.snapshot = state.snapshot or self._spare()
+        state.snapshot_at = position if state.snapshot else 0
+
+    def drop_snapshot(self, state: HeldState) -> None:
+        """Gives the snapshot's slot back."""
+        if state.snapshot:
+            self.pool.release([state.snapshot])
+        state.snapshot = state.snapshot_at = 0
+
+    def _spare(self) -> int:
+        """A slot that no sequence holds, nor may need; 0: none."""
         if self.pool.num_free <= self.max_sequences - self._num_holding:
-            return False
+            return 0
         slots = self.pool.allocate(1)
         assert slots is not None
-        state.planned.append((position, slots[0]))
-        return True
+        return slots[0]
 
     def drop_plans(self, state: HeldState) -> None:
         """The planned states will not be kept."""
@@ -130,9 +158,9 @@ class StateSlots:
         self.pool.register(slot, block_hash)
         self.pool.release([slot])
 
-    def restore(self, state: HeldState, checkpoint: int) -> None:
-        """The sequence's state becomes that of the checkpoint."""
-        self._copies.append((checkpoint, state.slot))
+    def restore(self, state: HeldState, slot: int) -> None:
+        """The sequence's state becomes that of a checkpoint, or of its snapshot."""
+        self._copies.append((slot, state.slot))
 
     def forget(self, block_hash: bytes) -> None:
         """Nobody finds this checkpoint any more."""
@@ -145,6 +173,7 @@ class StateSlots:
     def leave(self, state: HeldState) -> None:
         """Takes everything back."""
         self.drop_plans(state)
+        self.drop_snapshot(state)
         if state.source:
             self.pool.release([state.source])
             state.source = 0

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from engine.cache.hybrid import HybridManager
 from engine.context import packed_context
 from engine.core.chunked import serving_logits
 from engine.core.memory import plan_cache
@@ -64,7 +65,7 @@ def test_a_prefix_hit_in_both_kinds_of_layer_changes_no_token(tiny_hybrid: Path,
     follow_ups = [
         ("same", ids, 96),  # the checkpoint at the end of the prompt
         ("longer", ids + prompt(21, 9), 100),  # the one in its completion's course, every 5 blocks of 4
-        ("turn", ids + first + prompt(22, 5), 100),
+        ("turn", ids + first + prompt(22, 5), 104),  # the last boundary of the completion
         ("half", ids[:50] + prompt(23, 40), 40),
         ("short", ids[:21], 20),
         ("little", ids[:19] + prompt(24, 3), 0),
@@ -76,6 +77,49 @@ def test_a_prefix_hit_in_both_kinds_of_layer_changes_no_token(tiny_hybrid: Path,
             make_engine(tiny_hybrid, enable_prefix_caching=False, num_threads=1), request_of(name, follow_up)
         )
         assert got == fresh, name
+
+
+@pytest.mark.parametrize("kind", ["tiny_hybrid", "tiny_moe"])
+def test_the_next_turn_of_a_chat_reuses_the_one_before(kind: str, request: pytest.FixtureRequest) -> None:
+    """Each turn is the one before, its completion and new text: all but a part of a block is found, though checkpoints
+    on the way are off, and tokens are those of an engine without caching. Of each completion one checkpoint is kept."""
+    path: Path = request.getfixturevalue(kind)
+    engine = make_engine(path, state_checkpoint_interval=0, num_threads=1)
+    manager = engine._models["tiny"].runner._manager  # type: ignore[union-attr]
+    assert isinstance(manager, HybridManager)
+    talk, before = prompt(25, 22), 1
+    for turn in range(3):
+        sampling = dataclasses.replace(GREEDY, max_tokens=29 + turn)
+        asked = request_of(f"turn{turn}", talk, sampling=sampling)
+        got, cached = one(engine, asked)
+        uncached = make_engine(path, enable_prefix_caching=False, num_threads=1)
+        assert got == one(uncached, asked)[0]
+        assert cached == (before - 1) // 4 * 4
+        before = len(talk) + len(got)  # of which the last was never computed
+        talk = talk + got + prompt(26 + turn, 7)
+        assert manager.slots.num_checkpoints <= 2 * (turn + 1)
+
+
+@pytest.mark.parametrize("kind", ["tiny_hybrid", "tiny_moe"])
+def test_adapters_over_both_kinds_of_layer_hit_as_they_miss(
+    kind: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    """Whatever the cuts of chunked prefill, and with as few slots as two sequences and their checkpoints need: an
+    adapter's tokens are those of an engine that caches nothing and computes whole prompts."""
+    path: Path = request.getfixturevalue(kind)
+    plain = make_engine(path, enable_prefix_caching=False, num_threads=1, state_dir=str(tmp_path / "plain"))
+    plain._models["tiny"].adapters.publish(random_adapter(plain, "tone", 3))
+    for budget in (3, 11, 29):
+        engine = make_engine(
+            path, max_batch_tokens=budget, max_running_requests=2, num_threads=1, state_dir=str(tmp_path / str(budget))
+        )
+        engine._models["tiny"].adapters.publish(random_adapter(engine, "tone", 3))
+        ids = prompt(budget, 45)
+        for number, (asked, hit) in enumerate([(ids, 0), (ids, 44), (ids[:30] + prompt(1, 9), 0), ([*ids, 5, 6], 44)]):
+            each = request_of(f"{budget}-{number}", asked, adapter="tone")
+            got, cached = one(engine, each)
+            assert cached == hit
+            assert got == one(plain, each)[0]
 
 
 def test_slots_limit_what_runs_and_are_reported(tiny_hybrid: Path) -> None:

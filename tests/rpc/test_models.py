@@ -19,6 +19,9 @@ import pytest
 from tests.rpc.calls import TIMEOUT, generate, request, train
 from tests.rpc.conftest import EMBEDDER, MODEL
 from tests.rpc.harness import ServerProcess, Stubs, fails
+from tests.rpc.tiny_tokenizer import save_tiny_tokenizer
+from tests.tiny import save_tiny_hybrid
+from whet import Client
 from whet.v1 import common_pb2, model_pb2, training_pb2
 
 INVALID, NOT_FOUND = grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.NOT_FOUND
@@ -365,3 +368,26 @@ def test_an_adapter_given_at_start_up_is_served(
     finally:
         os.kill(server.worker_pid(), signal.SIGCONT)
     own.close()
+
+
+def test_recurrent_states_are_planned_with_the_blocks_and_told(
+    start_server: Callable[..., ServerProcess], tmp_path: Path
+) -> None:
+    """GetModel and the metrics tell a hybrid's slots and bytes; both kinds fit into what was given, and every slot is
+    back once its request has ended."""
+    path = save_tiny_tokenizer(save_tiny_hybrid(tmp_path / "hybrid"))
+    server = start_server("--kv-cache-bytes", "1MiB", models=["--model", f"hybrid={path}"])
+    with Client(server.address) as client:
+        info = client.model("hybrid")
+        assert info.num_slots is not None
+        assert info.num_slots > 2
+        assert info.state_bytes is not None
+        assert info.kv_cache_bytes is not None
+        assert info.state_bytes % info.num_slots == 0
+        assert 0 < info.state_bytes <= 1 << 19
+        assert info.state_bytes + info.kv_cache_bytes <= 1 << 20
+        reply = client.complete("Once upon a time", model="hybrid", max_tokens=4, ignore_eos=True)
+        assert reply.usage.completion_tokens == 4
+    labels = {"model": "hybrid", "num_slots": str(info.num_slots), "num_blocks": str(info.num_blocks)}
+    assert server.metric("whet_cache_config_info", **labels) == 1.0
+    assert server.metric("whet_state_slots_used", model="hybrid") == 0.0
