@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from pathlib import Path
 
@@ -18,7 +19,10 @@ from engine.loading import Checkpoint, load_weights, open_checkpoint
 from engine.lora.store import AdapterStore
 from engine.lora.targets import module_kinds, parameter_kinds, parameter_names
 from engine.models.base import CausalLM, Model, build_model
+from engine.ops.backends import implementations
 from engine.quantization.base import scheme_map
+
+logger = logging.getLogger(__name__)
 
 
 def load_model(
@@ -69,6 +73,9 @@ def load_model(
         # One sequence can never hold more than the whole pool.
         info.max_model_len = min(info.max_model_len, (plan.num_blocks - 1) * engine_config.block_size)
     info.load_seconds = time.monotonic() - begin
+    if device.type != "cpu":
+        used = ", ".join(f"{operation}: {form}" for operation, form in implementations(device).items())
+        logger.info("model %s on %s runs %s", name, device, used)
     return loaded
 
 
