@@ -149,7 +149,12 @@ class TrainSpec:
 
 @dataclass(slots=True, kw_only=True)
 class TrainStarted:
-    """Attributes: forward_difference: max abs difference of logits, training against serving forward, first batch."""
+    """The run begins, or goes on.
+
+    Attributes:
+        forward_difference: max abs difference of logits, training against serving forward, first batch.
+        estimated_memory_bytes: that the run adds to what is resident, at its peak.
+    """
 
     job_id: str
     num_trainable_parameters: int
@@ -162,6 +167,7 @@ class TrainStarted:
     resumed_from_step: int
     forward_difference: float
     target_parameters: list[str] = field(default_factory=list)
+    estimated_memory_bytes: int | None = None
 
 
 @dataclass(slots=True, kw_only=True)
@@ -172,7 +178,8 @@ class TrainStep:
         loss: mean NLL per loss token, nats.
         grad_norm: before clipping; None at step 0.
         eta_seconds: None until it can be told.
-        peak_memory_bytes: None where it is not known.
+        peak_memory_bytes: since the run took up its work in this process, weights and caches included: allocated on the
+            device, or on the CPU resident in the process; None where it is not known.
         kl: after the step, of a run with a bound; nats per token.
     """
 

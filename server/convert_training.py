@@ -447,6 +447,7 @@ def _to_started(event: TrainStarted, run: RunRecord) -> training_pb2.RunStarted:
         total_steps=event.total_steps,
         resumed_from_step=event.resumed_from_step,
         forward_difference=event.forward_difference,
+        estimated_memory_bytes=event.estimated_memory_bytes,
     )
 
 

@@ -351,6 +351,7 @@ def _from_started(started: training_pb2.RunStarted, common: dict[str, Any]) -> e
         total_steps=started.total_steps,
         resumed_from_step=started.resumed_from_step,
         forward_difference=optional(started, "forward_difference"),
+        estimated_memory_bytes=optional(started, "estimated_memory_bytes"),
     )
 
 

@@ -41,6 +41,7 @@ class RunStarted(Event):
         num_truncated: examples that lost the left of their prompt to max_seq_len.
         resumed_from_step: 0 for a new run.
         forward_difference: largest absolute difference of logits, training against serving forward, first batch.
+        estimated_memory_bytes: that the run adds at its peak to what is resident without it.
     """
 
     num_trainable_parameters: int
@@ -56,6 +57,7 @@ class RunStarted(Event):
     total_steps: int
     resumed_from_step: int
     forward_difference: float | None
+    estimated_memory_bytes: int | None
     kind: Literal["run_started"] = "run_started"
 
 
@@ -67,7 +69,8 @@ class Step(Event):
         loss: mean over the batch's loss tokens.
         grad_norm: before clipping; None at step 0.
         eta_seconds: until the last step.
-        peak_memory_bytes: of the device, where it is known.
+        peak_memory_bytes: so far, weights and caches included: of the GPU's allocator, or on the CPU of the worker
+            process's resident set; None where it is not known.
         skipped: the loss or the gradient was not finite; nothing was updated.
         kl: from the base, after the step; None but for runs of ``adapt`` with probes.
     """

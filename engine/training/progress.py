@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections import deque
+from pathlib import Path
 from statistics import fmean
 
 import torch
+
+_STATUS = Path("/proc/self/status")
+_CLEAR_REFS = Path("/proc/self/clear_refs")
 
 ETA_STEPS = 20
 """Steps over which the time per step is averaged."""
@@ -42,6 +47,22 @@ class Progress:
         return steps * fmean(self._step_seconds) if self._step_seconds else None
 
 
+def reset_peak_memory(device: torch.device) -> None:
+    """Peaks are counted from now on. Where the system does not allow that, they are those of the whole process."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    with contextlib.suppress(OSError):
+        _CLEAR_REFS.write_text("5")  # proc(5): resets the peak resident set and nothing else
+
+
 def peak_memory_bytes(device: torch.device) -> int | None:
-    """Of the device's allocator. A process on the CPU cannot tell what of its peak was a run's."""
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+    """Since reset_peak_memory: what torch's allocator gave out on a GPU; on the CPU the resident set of this process,
+    weights, caches and files that it maps included. None where the system does not tell (it is Linux that does)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    with contextlib.suppress(OSError):
+        for line in _STATUS.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    return None

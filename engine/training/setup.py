@@ -20,6 +20,7 @@ from engine.lora.peft import load_adapter, read_config
 from engine.training.checkpoint import Checkpoints, RunState
 from engine.training.dataset import Dataset
 from engine.training.lora_init import new_adapter, validate_lora
+from engine.training.memory import MemoryEstimate, MemoryPlanner
 
 CPU_MICRO_BATCH_TOKENS = 128
 """Of one forward on the CPU. More makes a slice longer and nothing faster: with SmolLM2-135M in float32 a core gets
@@ -68,7 +69,8 @@ def plan_steps(params: TrainParams, steps_per_epoch: int) -> tuple[int, str]:
 
 
 def default_micro_batch_tokens(loaded: LoadedModel) -> int:
-    """Tokens of one forward: from the configuration, not from the clock, so that a resumed run cuts alike."""
+    """Tokens of one forward, where memory allows: from the configuration, not from the clock. A run keeps what it began
+    with, so that it cuts alike when it is resumed."""
     limit = loaded.engine_config.max_batch_tokens
     return min(limit, CPU_MICRO_BATCH_TOKENS) if loaded.device.type == "cpu" else limit
 
@@ -103,20 +105,26 @@ class Beginning:
     Attributes:
         adapter: the masters.
         optimizer_state: as Optimizer.state gave it; of a new run, nothing.
+        memory: that it will take.
         checkpointed_step: of the checkpoint that this comes from; -1 for a new run.
     """
 
     adapter: Adapter
     state: RunState
     optimizer_state: dict[str, Tensor]
+    memory: MemoryEstimate
     checkpointed_step: int = -1
 
 
-def begin_or_resume(spec: TrainSpec, dataset: Dataset, loaded: LoadedModel, checkpoints: Checkpoints) -> Beginning:
+def begin_or_resume(
+    spec: TrainSpec, dataset: Dataset, loaded: LoadedModel, dtype: torch.dtype, checkpoints: Checkpoints
+) -> Beginning:
     """The state of the last checkpoint, or of a new run.
 
+    Args:
+        dtype: that the run computes in.
     Raises:
-        FailedPreconditionError: the checkpoint is of another configuration.
+        FailedPreconditionError: the checkpoint is of another configuration, or the run does not fit into memory.
         FormatError: the checkpoint is malformed.
         InvalidArgumentError: the shape of the new adapter does not fit the model.
         NotFoundError: no such init_adapter.
@@ -132,14 +140,28 @@ def begin_or_resume(spec: TrainSpec, dataset: Dataset, loaded: LoadedModel, chec
                 field="run_dir",
                 reason="CHECKPOINT_MISMATCH",
             )
-        return Beginning(load_masters(path, spec.adapter, loaded), state, optimizer_state, state.step)
-    state = RunState(fingerprint=digest, micro_batch_tokens=default_micro_batch_tokens(loaded))
+        adapter = load_masters(path, spec.adapter, loaded)
+        memory = MemoryPlanner(spec, dataset, loaded, adapter, dtype).fit(state.micro_batch_tokens, fixed=True)
+        return Beginning(adapter, state, optimizer_state, memory, state.step)
+
+    state = RunState(fingerprint=digest)
     if spec.init_adapter is not None:
         init = loaded.adapters.get(spec.init_adapter, spec.init_adapter_version)
         state.parent_name, state.parent_version = init.name, init.version
         # From the file: in memory it may be rounded to the model's type.
         path = loaded.adapters.path(init.name, init.version)
-        return Beginning(load_masters(path, spec.adapter, loaded), state, {})
-    validate_lora(spec.lora)
-    adapter = new_adapter(spec.adapter, loaded.model.lora_targets(), spec.lora, spec.params.seed, loaded.device)
-    return Beginning(adapter, state, {})
+        shape = replace(init, dropout=read_config(path).dropout)
+    else:
+        validate_lora(spec.lora)
+        with torch.device("meta"):
+            shape = _new(spec, loaded, "meta")
+    # Before anything is allocated.
+    memory = MemoryPlanner(spec, dataset, loaded, shape, dtype).fit(default_micro_batch_tokens(loaded))
+    state.micro_batch_tokens = memory.micro_batch_tokens
+    fresh = spec.init_adapter is None
+    adapter = _new(spec, loaded, loaded.device) if fresh else load_masters(path, spec.adapter, loaded)
+    return Beginning(adapter, state, {}, memory)
+
+
+def _new(spec: TrainSpec, loaded: LoadedModel, device: torch.device | str) -> Adapter:
+    return new_adapter(spec.adapter, loaded.model.lora_targets(), spec.lora, spec.params.seed, device)

@@ -39,7 +39,7 @@ from engine.training.lora_init import masters
 from engine.training.optimizer import Optimizer, learning_rate
 from engine.training.params import validate_params
 from engine.training.passes import accumulate_gradients, mean_nll
-from engine.training.progress import Progress, peak_memory_bytes
+from engine.training.progress import Progress, peak_memory_bytes, reset_peak_memory
 from engine.training.seeds import derive_seed
 from engine.training.setup import begin_or_resume, load_masters, plan_steps, validate_dataset
 
@@ -65,7 +65,7 @@ def train(spec: TrainSpec, loaded: LoadedModel) -> Iterator[JobEvent | None]:
         FormatError: the dataset or the checkpoint is malformed.
         NotFoundError: no such init_adapter.
         FailedPreconditionError: the model is an encoder, or resident in a type that cannot be trained over; there is no
-            state directory; or the checkpoint is of another configuration.
+            state directory; the checkpoint is of another configuration; or the run does not fit into memory.
         TrainingError: from the generator: training and serving forward differ, or three steps in a row were not finite.
     """
     return _Run(spec, loaded).slices()
@@ -93,7 +93,8 @@ class _Run:
         self._checkpoints = Checkpoints(
             Path(spec.run_dir) / "checkpoints", loaded.info.name, loaded.model.lora_targets()
         )
-        beginning = begin_or_resume(spec, self._dataset, loaded, self._checkpoints)
+        beginning = begin_or_resume(spec, self._dataset, loaded, self._forward.dtype, self._checkpoints)
+        self._estimate = beginning.memory
         self._adapter, self._state = beginning.adapter, beginning.state
         self._checkpointed_step = beginning.checkpointed_step
         self._resumed_from = self._state.step
@@ -110,6 +111,7 @@ class _Run:
     def slices(self) -> Slices:
         """The run from where it stands to its end."""
         self._progress.start()
+        reset_peak_memory(self._loaded.device)
         try:
             yield from self._run()
         except StopAndCheckpoint:
@@ -164,6 +166,7 @@ class _Run:
             total_steps=self._total_steps,
             resumed_from_step=self._resumed_from,
             forward_difference=difference,
+            estimated_memory_bytes=self._estimate.num_bytes,
         )
 
     def _base_step(self) -> Slices:

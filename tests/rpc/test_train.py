@@ -53,9 +53,11 @@ def test_a_run_from_configuration_to_a_live_adapter(stubs: Stubs) -> None:
     [rejected] = started.dataset.rejected
     assert (started.dataset.num_rejected, rejected.index, rejected.reason) == (1, 8, "NO_COMPLETION")
     assert started.forward_difference < 1e-3
+    assert 0 < started.estimated_memory_bytes < 100 << 20
     steps = [event.step for event in events if event.WhichOneof("event") == "step"]
     assert [step.step for step in steps] == list(range(7))
     assert not steps[0].HasField("grad_norm")
+    assert all(step.peak_memory_bytes > 10 << 20 for step in steps)  # of the whole process, on the CPU as well
     assert all(step.grad_norm > 0 for step in steps[1:])
     finished = events[-1].finished
     assert finished.stop_reason == training_pb2.STOP_REASON_MAX_STEPS

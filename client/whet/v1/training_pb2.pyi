@@ -796,12 +796,17 @@ class RunStarted(_message.Message):
     RESUMED_FROM_STEP_FIELD_NUMBER: _builtins.int
     FORWARD_DIFFERENCE_FIELD_NUMBER: _builtins.int
     TARGET_PARAMETERS_FIELD_NUMBER: _builtins.int
+    ESTIMATED_MEMORY_BYTES_FIELD_NUMBER: _builtins.int
     num_trainable_parameters: _builtins.int
     total_steps: _builtins.int
     resumed_from_step: _builtins.int
     """0 for a new run."""
     forward_difference: _builtins.float
     """Largest absolute difference of logits, training against serving forward, on the first batch."""
+    estimated_memory_bytes: _builtins.int
+    """What the run adds, at its peak, to what is resident without it, as counted from shapes before it began. A run for
+    which less is free is refused with FAILED_PRECONDITION and reason RUN_DOES_NOT_FIT.
+    """
     @_builtins.property
     def dataset(self) -> Global___Dataset: ...
     @_builtins.property
@@ -818,13 +823,19 @@ class RunStarted(_message.Message):
         resumed_from_step: _builtins.int = ...,
         forward_difference: _builtins.float | None = ...,
         target_parameters: _abc.Iterable[_builtins.str] | None = ...,
+        estimated_memory_bytes: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_forward_difference", b"_forward_difference", "dataset", b"dataset", "forward_difference", b"forward_difference"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_estimated_memory_bytes", b"_estimated_memory_bytes", "_forward_difference", b"_forward_difference", "dataset", b"dataset", "estimated_memory_bytes", b"estimated_memory_bytes", "forward_difference", b"forward_difference"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_forward_difference", b"_forward_difference", "dataset", b"dataset", "forward_difference", b"forward_difference", "num_trainable_parameters", b"num_trainable_parameters", "resumed_from_step", b"resumed_from_step", "target_modules", b"target_modules", "target_parameters", b"target_parameters", "total_steps", b"total_steps"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_estimated_memory_bytes", b"_estimated_memory_bytes", "_forward_difference", b"_forward_difference", "dataset", b"dataset", "estimated_memory_bytes", b"estimated_memory_bytes", "forward_difference", b"forward_difference", "num_trainable_parameters", b"num_trainable_parameters", "resumed_from_step", b"resumed_from_step", "target_modules", b"target_modules", "target_parameters", b"target_parameters", "total_steps", b"total_steps"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__estimated_memory_bytes: _TypeAlias = _typing.Literal["estimated_memory_bytes"]  # noqa: Y015
+    _WhichOneofArgType__estimated_memory_bytes: _TypeAlias = _typing.Literal["_estimated_memory_bytes", b"_estimated_memory_bytes"]  # noqa: Y015
     _WhichOneofReturnType__forward_difference: _TypeAlias = _typing.Literal["forward_difference"]  # noqa: Y015
     _WhichOneofArgType__forward_difference: _TypeAlias = _typing.Literal["_forward_difference", b"_forward_difference"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__estimated_memory_bytes) -> _WhichOneofReturnType__estimated_memory_bytes | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__forward_difference) -> _WhichOneofReturnType__forward_difference | None: ...
 
 Global___RunStarted: _TypeAlias = RunStarted  # noqa: Y015
@@ -933,7 +944,10 @@ class RunStep(_message.Message):
     num_loss_tokens: _builtins.int
     tokens_per_second: _builtins.float
     peak_memory_bytes: _builtins.int
-    """Of the device."""
+    """At most so far since `started`, weights and caches included: on a GPU what the allocator gave out; on the CPU the
+    peak resident set of the worker process, files that it maps included (since the worker began where the system does
+    not let it be reset). Unset where it is not known.
+    """
     skipped: _builtins.bool
     """The loss or the gradient was not finite; nothing was updated."""
     kl: _builtins.float
