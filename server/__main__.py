@@ -1,4 +1,5 @@
-"""The ``whet-server`` command: serves, or with ``pull`` fetches a model from the Hugging Face hub.
+"""The ``whet-server`` command: serves, with ``pull`` fetches a model from the Hugging Face hub, with ``verify`` checks
+how one is computed.
 
 Its options are the fields of ServerConfig: name, kind and help come from there.
 """
@@ -98,6 +99,50 @@ def pull(repository: str, revision: str | None, directory: Path | None) -> None:
     except EngineError as error:
         click.echo(f"whet-server: {error.message}", err=True)
         sys.exit(1)
+
+
+@main.command()
+@click.argument("model", metavar="MODEL", type=click.Path(path_type=Path))
+@click.option("--layers", type=int, default=None, metavar="N", help="Take the first N layers alone. Default: all.")
+@click.option("--tokens", type=int, default=192, metavar="N", help="To run the model on. Default: 192.")
+@click.option("--adapter-rank", type=int, default=4, metavar="N", help="Of the adapters of (b) and (d). Default: 4.")
+@click.option("--num-threads", type=int, default=0, metavar="N", help="Of torch. Default: as many as cores.")
+@click.option("--seed", type=int, default=0, metavar="N", help="Of adapters, cuts and random tokens. Default: 0.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object on standard output in place of the table.")
+def verify(
+    model: Path, layers: int | None, tokens: int, adapter_rank: int, num_threads: int, seed: int, as_json: bool
+) -> None:
+    """Checks how the model at MODEL is computed: a Hugging Face directory, a .safetensors or a .gguf file.
+
+    \b
+    (a) logits and every layer's output equal those of transformers
+    (b) training, scoring, chunked prefill and stepwise decoding give the same numbers
+    (c) gradients of one layer of each kind, and of every autograd.Function, equal differences in float64
+    (d) gradients of every A and B of an adapter equal those of transformers and peft
+
+    (a) and (d) need transformers and peft, and a model that they read; what cannot be run is reported as skipped, with
+    the reason, and never as passed. Everything runs on the CPU in float32: the model takes 4 bytes a parameter, twice
+    that with transformers' copy, and one layer in float64. A model that does not fit is refused with the number of
+    layers that would; --layers N verifies the first N layers with embeddings and head, and takes less time as well.
+
+    Exit status: 0 if nothing failed, 1 if anything did, 2 if the model cannot be read or does not fit.
+    """
+    from server.verify import verify_model
+
+    try:
+        passed = verify_model(
+            model,
+            num_layers=layers,
+            num_tokens=tokens,
+            rank=adapter_rank,
+            num_threads=num_threads,
+            seed=seed,
+            as_json=as_json,
+        )
+    except EngineError as error:
+        click.echo(f"whet-server: {error.message}", err=True)
+        sys.exit(2)
+    sys.exit(0 if passed else 1)
 
 
 if __name__ == "__main__":

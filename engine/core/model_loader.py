@@ -35,8 +35,16 @@ def load_model(
         FormatError: malformed or of an unsupported kind.
         OutOfMemoryError: it does not fit.
     """
+    loaded = load_checkpoint(name, open_checkpoint(path), engine_config, device, dtype)
+    loaded.info.path = str(path)
+    return loaded
+
+
+def load_checkpoint(
+    name: str, checkpoint: Checkpoint, engine_config: EngineConfig, device: torch.device, dtype: torch.dtype
+) -> LoadedModel:
+    """The same from a checkpoint that is open."""
     begin = time.monotonic()
-    checkpoint = open_checkpoint(path)
     config = checkpoint.config
     model = build_model(config, scheme_map(config.quantization_config), dtype)
     try:
@@ -47,7 +55,7 @@ def load_model(
         if isinstance(module, Linear | Embedding):
             module.scheme.after_loading(module)
     model.eval()
-    info = _info(name, path, checkpoint, model, device, dtype, _max_model_len(model, engine_config))
+    info = _info(name, checkpoint.path, checkpoint, model, device, dtype, _max_model_len(model, engine_config))
     root = Path(engine_config.state_dir) / "adapters" / name if engine_config.state_dir else None
     loaded = LoadedModel(
         info=info,
