@@ -176,6 +176,7 @@ def test_training_over_the_wire_follows_peft(tmp_path: Path) -> None:
         running_server(tmp_path / "state", "--model", f"tiny-hybrid={MODEL}", "--dtype", "float32") as server,
         Client(server.address) as client,
     ):
+        assert client.model("tiny-hybrid").num_mtp_layers == 1
         client.import_adapter("start", model="tiny-hybrid", directory=tmp_path / "start")
         run = client.train(
             train, model="tiny-hybrid", adapter="tone", init_adapter="start", eval_examples=held_out, eval_every=10,
