@@ -116,6 +116,7 @@ def _print_table(about: dict[str, Any], figures: list[Figure]) -> None:
         f"{'a text' if about['tokens'] == 'text' else 'random ids'}, {about['seconds']} s",
         markup=False,
         highlight=False,
+        soft_wrap=True,
     )
     console.print(table, highlight=False)
     console.print(summary(figures), markup=False, highlight=False, soft_wrap=True)

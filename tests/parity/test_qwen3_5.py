@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from transformers import (
 )
 
 from engine.context import packed_context
+from engine.core.batch import pack
+from engine.core.memory import make_cache, make_states
 from engine.models.base import CausalLM
 from tests.parity.loading import TOLERANCE, assert_same_logits, randomize, through_our_loader, token_ids
 
@@ -56,6 +59,22 @@ def prepared(reference: Any, seed: int) -> Any:
         for name, parameter in reference.named_parameters():
             if name.endswith("A_log"):
                 parameter.copy_(torch.empty(parameter.shape).uniform_(-4, 2, generator=generator))
+    return reference
+
+
+def make(kind: str, seed: int) -> Any:
+    """The default configuration, "dense" or "moe"."""
+    if kind == "dense":
+        return prepared(Qwen3_5ForCausalLM(Qwen3_5TextConfig(**DENSE)), seed)
+    return prepared(Qwen3_5MoeForCausalLM(Qwen3_5MoeTextConfig(**MOE)), seed)
+
+
+@torch.no_grad()
+def quieten(reference: Any) -> Any:
+    """Halves the matrices: else the residual stream grows to tens within four layers, and rounding with it."""
+    for parameter in reference.parameters():
+        if parameter.dim() > 1:
+            parameter.mul_(0.5)
     return reference
 
 
@@ -162,17 +181,82 @@ def test_language_model_of_the_multimodal_checkpoint(tmp_path: Path) -> None:
     assert_same_logits(model, reference, token_ids(LENGTHS, 97))
 
 
+@pytest.mark.parametrize("kind", ["dense", "moe"])
+def test_lengths_around_the_chunk_sizes(tmp_path: Path, kind: str) -> None:
+    """One token less than one and two chunks, as many, and one more, packed in one forward."""
+    reference = quieten(make(kind, 8))
+    model = through_our_loader(reference, tmp_path)
+    assert_same_logits(model, reference, token_ids([63, 64, 65, 127, 128, 129], 97))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"linear_num_key_heads": 1, "linear_num_value_heads": 3, "moe_intermediate_size": 12},
+        {"layer_types": ["linear_attention"] * 2, "num_hidden_layers": 2, "shared_expert_intermediate_size": 8},
+        {"layer_types": ["full_attention"] * 2, "num_hidden_layers": 2, "num_experts_per_tok": 1},
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": 0.5}},
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 1e7, "partial_rotary_factor": 1.0}},
+    ],
+    ids=["three_values_to_a_key", "linear_only", "full_only", "half_rotary", "whole_rotary"],
+)
+def test_moe_of_odd_shapes(tmp_path: Path, options: dict[str, Any]) -> None:
+    """With experts, what test_dense has of layers and heads."""
+    reference = quieten(prepared(Qwen3_5MoeForCausalLM(Qwen3_5MoeTextConfig(**{**MOE, **options})), 9))
+    model = through_our_loader(reference, tmp_path)
+    assert_same_logits(model, reference, token_ids(LENGTHS, 97))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("kind", ["dense", "moe"])
+def test_chunked_prefill_at_random_cuts(tmp_path: Path, kind: str, seed: int) -> None:
+    """A batch of unequal lengths, of which each step takes some tokens of some sequences, from single ones to more than
+    a chunk, through block cache and states: every logit is that of transformers for the whole sequence."""
+    reference = quieten(make(kind, 7))
+    model = through_our_loader(reference, tmp_path)
+    assert isinstance(model, CausalLM)
+    sequences = [ids.tolist() for ids in token_ids([129, 65, 3, 64, 40], 97, seed)]
+    cpu, block_size = torch.device("cpu"), 8
+    counts = [-(-len(ids) // block_size) for ids in sequences]
+    firsts = [1 + sum(counts[:s]) for s in range(len(counts))]
+    tables = [list(range(first, first + count)) for first, count in zip(firsts, counts, strict=True)]
+    cache = make_cache(model.config, model.num_attention_layers, 1 + sum(counts), block_size, cpu, torch.float32)
+    states = make_states(model.config, model.num_recurrent_layers, 1 + len(sequences), cpu)
+    generator = random.Random(seed)
+    done, parts = [0] * len(sequences), [list[Tensor]() for _ in sequences]
+    while any(d < len(ids) for d, ids in zip(done, sequences, strict=True)):
+        takes = [
+            (s, min(generator.choice([0, 1, 1, 2, 7, 31, 33, 70]), len(ids) - done[s]))
+            for s, ids in enumerate(sequences)
+        ]
+        takes = [(s, n) for s, n in takes if n] or [
+            next((s, 1) for s, ids in enumerate(sequences) if done[s] < len(ids))
+        ]
+        packed, ctx = pack(
+            [sequences[s][done[s] : done[s] + n] for s, n in takes],
+            [done[s] for s, _ in takes],
+            [tables[s] for s, _ in takes],
+            [None] * len(takes),
+            cache,
+            cpu,
+            states=states,
+            state_slots=[1 + s for s, _ in takes],
+        )
+        for (s, n), hidden in zip(takes, model(packed, ctx).split([n for _, n in takes]), strict=True):
+            parts[s].append(hidden)
+            done[s] += n
+    for ids, hidden in zip(sequences, parts, strict=True):
+        expected = reference(input_ids=torch.tensor([ids]), use_cache=False).logits[0]
+        assert (model.compute_logits(torch.cat(hidden)) - expected).abs().max() < TOLERANCE, len(ids)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ["dense", "moe"])
 def test_every_layer(tmp_path: Path, kind: str) -> None:
     """The output of each decoder layer and of each token mixer, not of the last alone."""
-    if kind == "dense":
-        reference: Any = prepared(Qwen3_5ForCausalLM(Qwen3_5TextConfig(**DENSE)), 6)
-    else:
-        reference = prepared(Qwen3_5MoeForCausalLM(Qwen3_5MoeTextConfig(**MOE)), 6)
-    for parameter in reference.parameters():
-        if parameter.dim() > 1:
-            parameter.mul_(0.5)  # else the residual stream grows to tens within four layers, and rounding with it
+    reference = make(kind, 6)
+    quieten(reference)
     model = through_our_loader(reference, tmp_path)
     assert isinstance(model, CausalLM)
     sequences = token_ids(LENGTHS, 97)
