@@ -15,6 +15,8 @@ LayerType = Literal["full_attention", "sliding_attention", "linear_attention"]
 Device = str  # "auto", "cpu", "cuda", "cuda:N"
 DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
 
+GGUFWeights = Literal["auto", "stored", "float"]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RopeConfig:
@@ -162,6 +164,8 @@ class EngineConfig:
         kv_cache_bytes: of attention cache per model, recurrent states included; None: planned from free memory.
         block_size: tokens of one attention cache block.
         enable_prefix_caching: share blocks among equal prefixes.
+        gguf_weights: how a GGUF file's quantized matrices are held: "stored" as the file has them, "float" in the
+            compute type. The numbers that they stand for are the same. "auto": stored where there are kernels for it.
         state_checkpoint_interval: blocks between the checkpoints of recurrent state that prefixes are shared from,
             besides those at the ends of prompts and completions; 0: only those.
         job_slice_seconds: target duration of a slice of a job while requests are running.
@@ -179,6 +183,7 @@ class EngineConfig:
     kv_cache_bytes: int | None = None
     block_size: int = 16
     enable_prefix_caching: bool = True
+    gguf_weights: GGUFWeights = "auto"
     state_checkpoint_interval: int = 64
     job_slice_seconds: float = 0.05
     job_share: float = 0.5

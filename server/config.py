@@ -17,7 +17,7 @@ import yaml
 from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 
-from engine.config import DTypeName, EngineConfig
+from engine.config import DTypeName, EngineConfig, GGUFWeights
 from engine.errors import EngineError, InvalidArgumentError
 from engine.names import validate_name
 
@@ -136,6 +136,11 @@ class ServerConfig(BaseSettings):
     )
     block_size: int = Field(default=16, description="Tokens of one attention cache block: 8, 16, 32, 64 or 128.")
     prefix_caching: bool = Field(default=True, description="Share cache blocks among requests with equal prefixes.")
+    gguf_weights: GGUFWeights = Field(
+        default="auto",
+        description="How quantized matrices of GGUF files are held: as stored, or wide in the compute type; auto: as "
+        "stored where the CPU kernels multiply by them.",
+    )
     state_checkpoint_interval: int = Field(
         default=64,
         ge=0,
@@ -301,6 +306,7 @@ class ServerConfig(BaseSettings):
             kv_cache_bytes=self.kv_cache_bytes,
             block_size=self.block_size,
             enable_prefix_caching=self.prefix_caching,
+            gguf_weights=self.gguf_weights,
             state_checkpoint_interval=self.state_checkpoint_interval,
             job_slice_seconds=self.job_slice_ms / 1000,
             job_share=self.job_share,

@@ -19,6 +19,7 @@ from engine.loading import Checkpoint, load_weights, open_checkpoint
 from engine.lora.store import AdapterStore
 from engine.lora.targets import module_kinds, parameter_kinds, parameter_names
 from engine.models.base import CausalLM, Model, build_model
+from engine.ops import cpu
 from engine.ops.backends import implementations
 from engine.quantization.base import scheme_map
 
@@ -35,7 +36,8 @@ def load_model(
         FormatError: malformed or of an unsupported kind.
         OutOfMemoryError: it does not fit.
     """
-    loaded = load_checkpoint(name, open_checkpoint(path), engine_config, device, dtype)
+    checkpoint = open_checkpoint(path, keep_blocks=keeps_blocks(engine_config, device, dtype))
+    loaded = load_checkpoint(name, checkpoint, engine_config, device, dtype)
     loaded.info.path = str(path)
     return loaded
 
@@ -85,6 +87,14 @@ def load_checkpoint(
         used = ", ".join(f"{operation}: {form}" for operation, form in implementations(device).items())
         logger.info("model %s on %s runs %s", name, device, used)
     return loaded
+
+
+def keeps_blocks(config: EngineConfig, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether a GGUF file's quantized weights stay as the file has them. By themselves they do where our kernels
+    multiply by them; elsewhere making them wide for each product would cost more than it saves."""
+    if config.gguf_weights == "auto":
+        return device.type == "cpu" and dtype == torch.float32 and cpu.available()
+    return config.gguf_weights == "stored"
 
 
 def _max_model_len(model: Model, engine_config: EngineConfig) -> int:

@@ -57,11 +57,12 @@ class Checkpoint(Protocol):
         ...
 
 
-def open_checkpoint(path: Path) -> Checkpoint:
+def open_checkpoint(path: Path, *, keep_blocks: bool = False) -> Checkpoint:
     """Opens a model by path; reads headers only.
 
     Args:
         path: a Hugging Face directory, a .safetensors file or index beside its config.json, or a .gguf file.
+        keep_blocks: give a GGUF file's quantized matrices as their integers (see GGUFCheckpoint).
 
     Raises:
         NotFoundError: there is no such path.
@@ -71,7 +72,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     if resolved.suffix == ".gguf":
         from engine.loading.gguf_checkpoint import GGUFCheckpoint
 
-        return GGUFCheckpoint(resolved)
+        return GGUFCheckpoint(resolved, keep_blocks=keep_blocks)
     from engine.loading.experts import StackedExperts, has_single_experts
     from engine.loading.safetensors_checkpoint import SafetensorsCheckpoint
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,6 +16,7 @@ from torch import Tensor
 from engine.config import ModelConfig
 from engine.errors import FormatError
 from engine.loading.checkpoint import content_digest
+from engine.loading.gguf_blocks import BlockType, block_type, take_apart
 from engine.loading.gguf_config import gguf_config
 from engine.loading.gguf_file import GGUFFile, GGUFTensor
 from engine.loading.gguf_names import COMPUTED, Target, hf_target
@@ -25,11 +28,20 @@ _TORCH_TYPES = {0: torch.float32, 1: torch.float16, 28: torch.float64, 30: torch
 """Types of ggml that torch has too; such tensors are views of the mapping."""
 
 
+KEPT = re.compile(r"(.*\.(\w+_proj|embed_tokens)|lm_head)\.weight")
+"""Matrices of decoders that may stay in blocks: those of linear modules and embeddings."""
+
+PARTS = ("weight_q", "weight_scale", "weight_offset")
+"""Names of what a matrix in blocks consists of, in the order of gguf_blocks.take_apart."""
+
+
 class GGUFCheckpoint:
     """See Checkpoint.
 
     Args:
         path: a .gguf file.
+        keep_blocks: give quantized matrices as the PARTS of engine.quantization.gguf in place of a ``weight``, and name
+            their modules in the configuration's quantization_config; types that do not allow it are dequantized.
 
     Raises:
         FormatError: malformed, of an unsupported architecture, or with a tensor that the architecture does not have.
@@ -37,7 +49,7 @@ class GGUFCheckpoint:
 
     kind: Literal["safetensors", "gguf"] = "gguf"
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, keep_blocks: bool = False) -> None:
         self.path = path
         self.file = GGUFFile(path)
         self.config: ModelConfig = gguf_config(self.file)
@@ -54,18 +66,45 @@ class GGUFCheckpoint:
             if target.name in self._entries:
                 raise FormatError(f"{path}: two tensors stand for {target.name!r}")
             self._entries[target.name] = (tensor, target)
+        self._parts: dict[str, tuple[str, int]] = {}
+        self._last: tuple[str, list[Tensor]] | None = None
+        if keep_blocks:
+            self._keep_blocks()
         self.stored_bytes = sum(tensor.num_bytes for tensor, _ in self._entries.values())
+
+    def _keep_blocks(self) -> None:
+        modules = {}
+        for name, (tensor, _) in self._entries.items():
+            block = block_type(tensor.type_id)
+            if block is not None and KEPT.fullmatch(name) and tensor.shape[-1] % block.block_size == 0:
+                module = name.removesuffix(".weight")
+                modules[module] = block.name
+                for index, part in enumerate(PARTS[: 3 if block.has_offsets else 2]):
+                    self._parts[f"{module}.{part}"] = name, index
+        if modules:
+            quantization = {"quant_method": "gguf", "modules": modules}
+            self.config = replace(self.config, quantization_config=quantization)
 
     def names(self) -> Iterable[str]:
         """Hugging Face names, in file order."""
-        return self._entries.keys()
+        kept = {name for name, _ in self._parts.values()}
+        return [*(name for name in self._entries if name not in kept), *self._parts]
 
     def shape(self, name: str) -> tuple[int, ...]:
         """See Checkpoint."""
-        return self._entries[name][0].shape
+        if name not in self._parts:
+            return self._entries[name][0].shape
+        whole, index = self._parts[name]
+        rows, columns = self._entries[whole][0].shape
+        block = self._block(whole)
+        if index == 0:
+            return rows, columns * block.bits // 8
+        return rows, columns // block.group_size
 
     def get(self, name: str) -> Tensor:
         """See Checkpoint."""
+        if name in self._parts:
+            return self._part(*self._parts[name])
         tensor, target = self._entries[name]
         values = self._read(tensor)
         if target.change == "permuted":
@@ -77,6 +116,28 @@ class GGUFCheckpoint:
     def digest(self) -> str:
         """See Checkpoint."""
         return content_digest([("", memoryview(self.file.map), self.file.header_bytes)])
+
+    def _block(self, name: str) -> BlockType:
+        block = block_type(self._entries[name][0].type_id)
+        assert block is not None
+        return block
+
+    def _part(self, name: str, index: int) -> Tensor:
+        """One of the PARTS of a matrix. They come one after the other, so the last matrix's are kept for the others."""
+        if self._last is None or self._last[0] != name:
+            tensor, target = self._entries[name]
+            block, columns = self._block(name), tensor.shape[-1]
+            rows = self.file.data(tensor).reshape(tensor.shape[0], -1)
+            step = max(1, CHUNK_VALUES // columns)
+            pieces = [take_apart(block, rows[at : at + step], columns) for at in range(0, len(rows), step)]
+            parts = []
+            for part in zip(*pieces, strict=True):
+                if part[0] is None:
+                    continue
+                whole = torch.from_numpy(np.concatenate(part))
+                parts.append(_unpermute(whole, self._heads(target)) if target.change == "permuted" else whole)
+            self._last = name, parts
+        return self._last[1][index]
 
     def _heads(self, target: Target) -> int:
         return self.config.num_attention_heads if ".q_proj." in target.name else self.config.num_key_value_heads

@@ -91,7 +91,7 @@ class Int4Grouped(LinearScheme):
         return cpu.packed(module, cpu.StoredWeight(words.data.view(torch.uint8), scale, zero))
 
     def apply(self, module: nn.Module, x: Tensor) -> Tensor:
-        if cpu.takes(x) and (packed := self._packed(module)) is not None:
+        if cpu.takes(x, cpu.MAX_ROWS_OF_INTEGERS) and (packed := self._packed(module)) is not None:
             return packed.linear(x)
         num_rows = x.numel() // x.shape[-1]
         if (
@@ -107,7 +107,7 @@ class Int4Grouped(LinearScheme):
         return quantized_linear(x, self._rows(module), module.get_parameter("weight_scale").shape[0])
 
     def dequantize(self, module: nn.Module, dtype: torch.dtype = torch.float32) -> Tensor:
-        return self._rows(module)(0, module.get_parameter("weight_scale").shape[0], dtype)
+        return self._widen(*self._stored(module), dtype)
 
     def embed(self, module: nn.Module, ids: Tensor) -> Tensor:
         values, scale, zero = self._stored(module)
@@ -119,7 +119,7 @@ class Int4Grouped(LinearScheme):
 
         def rows(start: int, end: int, dtype: torch.dtype) -> Tensor:
             if packed is not None and dtype == torch.float32:
-                return packed.widen(start, end)
+                return cpu.scratch_rows(packed, start, end)
             part = None if zero is None else zero[start:end]
             return self._widen(values[start:end], scale[start:end], part, dtype)
 

@@ -62,7 +62,7 @@ class Int8PerChannel(LinearScheme):
     def apply(self, module: nn.Module, x: Tensor) -> Tensor:
         weight, scale = module.get_parameter("weight"), module.get_parameter("weight_scale")
         packed = cpu.packed(module, cpu.StoredWeight(weight, scale))
-        if packed is not None and cpu.takes(x):
+        if packed is not None and cpu.takes(x, cpu.MAX_ROWS_OF_INTEGERS):
             return packed.linear(x)
         num_rows = x.numel() // x.shape[-1]
         if (
@@ -78,7 +78,7 @@ class Int8PerChannel(LinearScheme):
 
     def dequantize(self, module: nn.Module, dtype: torch.dtype = torch.float32) -> Tensor:
         weight, scale = module.get_parameter("weight"), module.get_parameter("weight_scale")
-        return _rows(weight, scale, cpu.packed(module, cpu.StoredWeight(weight, scale)))(0, weight.shape[0], dtype)
+        return _rows(weight, scale, None)(0, weight.shape[0], dtype)
 
     def embed(self, module: nn.Module, ids: Tensor) -> Tensor:
         scale = module.get_parameter("weight_scale")
@@ -88,7 +88,7 @@ class Int8PerChannel(LinearScheme):
 def _rows(weight: Tensor, scale: Tensor, packed: cpu.PackedWeights | None) -> WeightRows:
     def rows(start: int, end: int, dtype: torch.dtype) -> Tensor:
         if packed is not None and dtype == torch.float32:
-            return packed.widen(start, end)
+            return cpu.scratch_rows(packed, start, end)
         return weight[start:end].to(dtype).mul_(scale[start:end].to(dtype))
 
     return rows

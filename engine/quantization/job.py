@@ -36,6 +36,7 @@ from engine.quantization.base import UNQUANTIZED
 from engine.quantization.comparison import Comparison, compare, eval_windows
 from engine.quantization.compressed_tensors import quantization_config
 from engine.quantization.export import write_config
+from engine.quantization.gguf import GGUFBlocks
 from engine.quantization.output import new_model, refuse_taken, save_companions
 from engine.quantization.packing import pack, pack_outputs
 from engine.quantization.plan import PlannedTensor, QuantizationPlan, SourceModel, plan_quantization
@@ -88,8 +89,11 @@ def quantize(
 
 
 def _open_source(loaded: LoadedModel) -> Checkpoint:
+    # Blocks of a GGUF file are read from the file again, in float.
     if any(
-        module.scheme is not UNQUANTIZED for module in loaded.model.modules() if isinstance(module, Linear | Embedding)
+        module.scheme is not UNQUANTIZED and not isinstance(module.scheme, GGUFBlocks)
+        for module in loaded.model.modules()
+        if isinstance(module, Linear | Embedding)
     ):
         raise FailedPreconditionError(
             f"model {loaded.info.name!r} is quantized already ({loaded.info.quantization}); quantize its source",

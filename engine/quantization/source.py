@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from engine.core.loaded import LoadedModel
 from engine.errors import FailedPreconditionError
 from engine.loading import Checkpoint, open_checkpoint
-from engine.loading.gguf_checkpoint import GGUFCheckpoint
+from engine.loading.gguf_checkpoint import PARTS, GGUFCheckpoint
 
 
 def open_source(loaded: LoadedModel) -> Checkpoint:
@@ -30,9 +30,18 @@ def open_source(loaded: LoadedModel) -> Checkpoint:
 
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and persistent buffers, shared ones once."""
+    """Parameters and persistent buffers, shared ones once; of a matrix in GGUF blocks the ``weight`` that the blocks
+    stand for, on the meta device."""
     unique: dict[int, tuple[str, Tensor]] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
+        path, _, leaf = name.rpartition(".")
+        if leaf in PARTS:
+            if leaf == PARTS[0]:
+                module = model.get_submodule(path)
+                shape = (module.out_features, module.in_features)
+                whole = torch.empty(shape, dtype=torch.float32, device="meta")  # type: ignore[arg-type]
+                unique.setdefault(id(tensor), (f"{path}.weight", whole))
+            continue
         unique.setdefault(id(tensor), (name, tensor))
     return dict(unique.values())
 
@@ -44,7 +53,7 @@ def read_stored(checkpoint: Checkpoint, name: str, resident: Tensor) -> Tensor:
         name: in the files.
         resident: the same in memory.
     """
-    if isinstance(checkpoint, GGUFCheckpoint) and resident.dtype == torch.float32:
+    if isinstance(checkpoint, GGUFCheckpoint) and resident.dtype == torch.float32 and not resident.is_meta:
         return resident.detach()  # what the file would be dequantized to once more
     return checkpoint.get(name)
 

@@ -85,9 +85,9 @@ def test_products_are_those_of_the_stored_values(level: None, kind: str, num_thr
 def test_a_row_does_not_depend_on_the_others(level: None, kind: str) -> None:
     torch.manual_seed(0)
     packed = PackedWeights([stored(kind, 50, 192)[0]], 192)
-    x = torch.randn(8, 192)
+    x = torch.randn(32, 192)
     alone = torch.cat([packed.linear(row[None]) for row in x])
-    for rows in range(1, 9):
+    for rows in (*range(1, 12), 32):
         assert torch.equal(packed.linear(x[:rows]), alone[:rows])
 
 
@@ -149,7 +149,8 @@ def test_a_replaced_weight_is_packed_again_and_a_copy_packs_its_own() -> None:
 def test_kernels_stand_aside_for_gradients_autocast_and_many_rows() -> None:
     assert cpu.takes(torch.randn(8, 4))
     assert cpu.takes(torch.randn(2, 4, 4))
-    assert not cpu.takes(torch.randn(9, 4))
+    assert not cpu.takes(torch.randn(17, 4))
+    assert cpu.takes(torch.randn(17, 4), cpu.MAX_ROWS_OF_INTEGERS)
     assert not cpu.takes(torch.randn(1, 4).double())
     assert not cpu.takes(torch.randn(1, 4, requires_grad=True))
     assert not cpu.takes(torch.empty(0, 4))

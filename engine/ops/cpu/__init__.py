@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
+import threading
 from dataclasses import dataclass
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
@@ -21,9 +22,12 @@ from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
-MAX_ROWS = 8
-"""Rows of x up to which the products here are used; with more, a weight is read less often than it is multiplied, and
-the library behind torch is faster."""
+MAX_ROWS = 16
+"""Rows of x up to which products by floats are taken here; with more, a weight is read less often than it is
+multiplied, and the library behind torch is faster."""
+
+MAX_ROWS_OF_INTEGERS = 32
+"""The same for weights that torch would have to widen first."""
 
 LEVELS = ("none", "avx2", "avx512")
 
@@ -42,6 +46,8 @@ class _Weight(ctypes.Structure):
         ("group_size", ctypes.c_int64),
         ("storage", ctypes.c_int32),
         ("half_scales", ctypes.c_int32),
+        ("shift", ctypes.c_int32),
+        ("reserved", ctypes.c_int32),
     )
 
 
@@ -94,15 +100,17 @@ class StoredWeight:
 
     Attributes:
         data: [N, K] float32, bfloat16 or int8, or [N, K / 2] uint8, two 4-bit values a byte, the lower half first,
-            stored with 8 added.
+            each q + shift.
         scales, zeros, offsets: of integers, [N, G] all float32 or all float16: w = (q - zero) * scale + offset. None:
             zeros and offsets of 0.
+        shift: 0 or 8.
     """
 
     data: Tensor
     scales: Tensor | None = None
     zeros: Tensor | None = None
     offsets: Tensor | None = None
+    shift: int = 8
 
     def tensors(self) -> list[Tensor]:
         """Those that there are."""
@@ -143,6 +151,7 @@ class PackedWeights:
             struct.data, struct.rows = weight.data.data_ptr(), weight.data.shape[0]
             struct.storage = _STORAGE[weight.data.dtype]
             struct.group_size = inputs if scales is None else inputs // scales.shape[1]
+            struct.shift = weight.shift
             struct.half_scales = scales is not None and scales.dtype == torch.float16
             for name in ("scales", "zeros", "offsets"):
                 tensor = getattr(weight, name)
@@ -167,19 +176,39 @@ class PackedWeights:
         )
         return y
 
-    def widen(self, start: int, end: int) -> Tensor:
-        """Rows [start, end) of the one weight of integers, as float32 [end - start, K]."""
+    def widen(self, start: int, end: int, out: Tensor | None = None) -> Tensor:
+        """Rows [start, end) of the one weight of integers, as float32 [end - start, K].
+
+        Args:
+            out: where to write them, contiguous.
+        """
         assert self._count == 1
-        out = torch.empty(end - start, self.inputs)
+        out = torch.empty(end - start, self.inputs) if out is None else out
         _library.whet_cpu_widen(self._pointer, self.inputs, start, end, out.data_ptr())  # type: ignore[union-attr]
         return out
 
 
-def takes(x: Tensor) -> bool:
+class _Scratch(threading.local):
+    tensor: Tensor | None = None
+
+
+_scratch = _Scratch()
+
+
+def scratch_rows(packed: PackedWeights, start: int, end: int) -> Tensor:
+    """As PackedWeights.widen, in memory that the next call of this thread takes again: fresh memory would cost a page
+    fault for every 4 KiB of it."""
+    size = (end - start) * packed.inputs
+    if _scratch.tensor is None or _scratch.tensor.numel() < size:
+        _scratch.tensor = torch.empty(size)
+    return packed.widen(start, end, _scratch.tensor[:size].view(end - start, packed.inputs))
+
+
+def takes(x: Tensor, max_rows: int = MAX_ROWS) -> bool:
     """Whether ``linear`` pays for x [..., K] and is allowed: a few rows of float32 on the CPU, no gradient wanted."""
     return (
         x.dtype == torch.float32
-        and 0 < x.numel() <= MAX_ROWS * x.shape[-1]
+        and 0 < x.numel() <= max_rows * x.shape[-1]
         and _library is not None
         and x.device.type == "cpu"
         and not (x.requires_grad and torch.is_grad_enabled())

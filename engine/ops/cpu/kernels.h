@@ -2,9 +2,9 @@
 //
 // Shapes: M rows of x, K inputs, N outputs, S group size, G = K / S groups. All matrices are row-major.
 //
-// A decoded token reads every weight once, so what counts is to read them at the memory's rate and to widen them in
-// registers. One thread takes some rows of W at a time; every row of x is multiplied with a row of W while that is in
-// registers, which is why these kernels stop paying at about sixteen rows.
+// A decoded token reads every weight once, so what counts is to read them at the memory's rate and to widen them on the
+// way. One thread takes some rows of W at a time and multiplies all rows of x by them while they are near; x is not cut
+// into blocks for the caches, which is why these kernels stop paying at some tens of rows.
 #pragma once
 
 #include <cstdint>
@@ -15,7 +15,7 @@ enum class Storage : int32_t {
   kFloat32 = 0,  // data: float [N, K]
   kBfloat16 = 1, // data: bfloat16 [N, K]
   kInt8 = 2,     // data: int8 [N, K]; w = (q - zero) * scale + offset
-  kInt4 = 3,     // data: two values a byte [N, K / 2], the lower half first, each stored with 8 added; w as in kInt8
+  kInt4 = 3,     // data: two values a byte [N, K / 2], the lower half first, each q + shift; w as in kInt8
 };
 
 // One weight matrix. scales, zeros, offsets: [N, G], all float or all float16; zeros and offsets may be null, for 0.
@@ -28,6 +28,8 @@ struct Weight {
   int64_t group_size;  // S, a multiple of 16 (of 32 for kInt4) that divides K
   Storage storage;
   int32_t half_scales;  // scales, zeros and offsets are float16
+  int32_t shift;        // 0 or 8
+  int32_t reserved;
 };
 
 // y[m, n] = sum_k x[m, k] w[n, k] for n in [begin, end); y has row stride ldy.

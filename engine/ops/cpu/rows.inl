@@ -11,6 +11,7 @@ template <>
 struct Widen<Storage::kFloat32> {
   static constexpr int64_t kStep = 2 * kLanes;
   const float* row;
+  Widen() = default;
   Widen(const Weight& w, int64_t n, int64_t inputs) : row(static_cast<const float*>(w.data) + n * inputs) {}
   void group(int64_t) {}
   void operator()(int64_t at, Vec* out) const {
@@ -24,6 +25,7 @@ template <>
 struct Widen<Storage::kBfloat16> {
   static constexpr int64_t kStep = 2 * kLanes;
   const uint16_t* row;
+  Widen() = default;
   Widen(const Weight& w, int64_t n, int64_t inputs) : row(static_cast<const uint16_t*>(w.data) + n * inputs) {}
   void group(int64_t) {}
   void operator()(int64_t at, Vec* out) const {
@@ -45,6 +47,7 @@ struct Affine {
   const void* offsets;
   bool half;
   Vec scale, zero_point, offset;
+  Affine() = default;
   Affine(const Weight& w, int64_t n, int64_t inputs) : half(w.half_scales != 0) {
     const int64_t at = n * (inputs / w.group_size) * (half ? 2 : 4);
     const auto row = [at](const void* from) { return from == nullptr ? from : static_cast<const char*>(from) + at; };
@@ -71,6 +74,7 @@ template <>
 struct Widen<Storage::kInt8> : Affine {
   static constexpr int64_t kStep = 16;
   const int8_t* row;
+  Widen() = default;
   Widen(const Weight& w, int64_t n, int64_t inputs)
       : Affine(w, n, inputs), row(static_cast<const int8_t*>(w.data) + n * inputs) {}
   void operator()(int64_t at, Vec* out) const {
@@ -82,70 +86,76 @@ template <>
 struct Widen<Storage::kInt4> : Affine {
   static constexpr int64_t kStep = 32;
   const uint8_t* row;
+  char shift;
+  Widen() = default;
   Widen(const Weight& w, int64_t n, int64_t inputs)
-      : Affine(w, n, inputs), row(static_cast<const uint8_t*>(w.data) + n * (inputs / 2)) {}
+      : Affine(w, n, inputs),
+        row(static_cast<const uint8_t*>(w.data) + n * (inputs / 2)),
+        shift(static_cast<char>(w.shift)) {}
   void operator()(int64_t at, Vec* out) const {
-    unpack_int4(row + at / 2, out);
+    unpack_int4(row + at / 2, shift, out);
     for (int i = 0; i < 32 / kLanes; ++i) out[i] = value(out[i]);
   }
 };
 
-// One row of W times kRows rows of x.
-template <Storage kStorage, int kRows>
-inline void dot(Widen<kStorage>& widen, int64_t inputs, int64_t group_size, const float* x, int64_t ldx, float* y,
-                int64_t ldy) {
-  using W = Widen<kStorage>;
-  constexpr int kVecs = W::kStep / kLanes;
-  // Two sums a row, so that one product need not wait for the one before it; however many rows there are, so that a
-  // row's result does not depend on what it shares the call with.
-  constexpr int kSums = kVecs >= 2 ? 2 : 1;
-  Vec sums[kRows][kSums];
-  for (int m = 0; m < kRows; ++m)
-    for (int s = 0; s < kSums; ++s) sums[m][s] = zero();
+// kWeights rows of W times kRows rows of x. One sum of vectors for each pair, over k in order: whatever tile a pair is
+// in, and whether its weights were widened before, its result is the same.
+template <Storage kStorage, int kWeights, int kRows>
+inline void tile(Widen<kStorage>* widen, int64_t inputs, int64_t group_size, const float* x, int64_t ldx, float* y,
+                 int64_t ldy) {
+  constexpr int64_t kStep = Widen<kStorage>::kStep;
+  constexpr int kVecs = kStep / kLanes;
+  Vec sums[kWeights][kRows];
+  for (int r = 0; r < kWeights; ++r)
+    for (int m = 0; m < kRows; ++m) sums[r][m] = zero();
   int64_t group = 0;
   for (int64_t start = 0; start < inputs; start += group_size, ++group) {
-    widen.group(group);
-    const int64_t end = start + group_size;
-    int64_t k = start;
-    for (; k + W::kStep <= end; k += W::kStep) {
-      Vec w[kVecs];
-      widen(k, w);
+    for (int r = 0; r < kWeights; ++r) widen[r].group(group);
+    for (int64_t k = start; k < start + group_size; k += kStep) {
 #pragma GCC unroll 8
-      for (int m = 0; m < kRows; ++m) {
+      for (int r = 0; r < kWeights; ++r) {
+        Vec w[kVecs];
+        widen[r](k, w);
 #pragma GCC unroll 8
-        for (int i = 0; i < kVecs; ++i)
-          sums[m][i % kSums] = fma(w[i], load(x + m * ldx + k + i * kLanes), sums[m][i % kSums]);
+        for (int i = 0; i < kVecs; ++i) {
+#pragma GCC unroll 8
+          for (int m = 0; m < kRows; ++m) sums[r][m] = fma(w[i], load(x + m * ldx + k + i * kLanes), sums[r][m]);
+        }
       }
     }
   }
-  for (int m = 0; m < kRows; ++m) {
-    Vec total = sums[m][0];
-    for (int s = 1; s < kSums; ++s) total = add(total, sums[m][s]);
-    y[m * ldy] = sum(total);
-  }
+  for (int r = 0; r < kWeights; ++r)
+    for (int m = 0; m < kRows; ++m) y[m * ldy + r] = sum(sums[r][m]);
+}
+
+// kWeights rows of W, from n on, times all rows of x.
+template <Storage kStorage, int kWeights>
+void strip(const Weight& weight, int64_t inputs, int64_t whole, int64_t group_size, int64_t n, const float* x,
+           int64_t ldx, int64_t rows, float* y, int64_t ldy) {
+  Widen<kStorage> widen[kWeights];
+  for (int r = 0; r < kWeights; ++r) widen[r] = Widen<kStorage>(weight, n + r, inputs);
+  int64_t m = 0;
+  for (; m + kTileRows <= rows; m += kTileRows)
+    tile<kStorage, kWeights, kTileRows>(widen, whole, group_size, x + m * ldx, ldx, y + m * ldy, ldy);
+  for (; m + 2 <= rows; m += 2)
+    tile<kStorage, kWeights, 2>(widen, whole, group_size, x + m * ldx, ldx, y + m * ldy, ldy);
+  for (; m < rows; ++m) tile<kStorage, kWeights, 1>(widen, whole, group_size, x + m * ldx, ldx, y + m * ldy, ldy);
 }
 
 template <Storage kStorage>
-void multiply(const Weight& weight, int64_t inputs, int64_t begin, int64_t end, const float* x, int64_t ldx,
-              int64_t rows, float* y, int64_t ldy) {
-  constexpr bool kFloats = kStorage == Storage::kFloat32 || kStorage == Storage::kBfloat16;
-  // Floats have no groups: whole vectors are one group, and what is left of the row is added by hand.
-  const int64_t whole = kFloats ? inputs / Widen<kStorage>::kStep * Widen<kStorage>::kStep : inputs;
-  const int64_t group_size = kFloats ? (whole == 0 ? 1 : whole) : weight.group_size;
-  for (int64_t n = begin; n < end; ++n) {
-    Widen<kStorage> widen(weight, n, inputs);
-    int64_t m = 0;
-    for (; m + 8 <= rows && kWideTiles; m += 8)
-      dot<kStorage, 8>(widen, whole, group_size, x + m * ldx, ldx, y + m * ldy + n, ldy);
-    for (; m + 4 <= rows; m += 4)
-      dot<kStorage, 4>(widen, whole, group_size, x + m * ldx, ldx, y + m * ldy + n, ldy);
-    for (; m + 2 <= rows; m += 2)
-      dot<kStorage, 2>(widen, whole, group_size, x + m * ldx, ldx, y + m * ldy + n, ldy);
-    for (; m < rows; ++m) dot<kStorage, 1>(widen, whole, group_size, x + m * ldx, ldx, y + m * ldy + n, ldy);
-    if constexpr (kFloats) {
-      for (int64_t k = whole; k < inputs; ++k)
-        for (int64_t r = 0; r < rows; ++r) y[r * ldy + n] += widen.scalar(k) * x[r * ldx + k];
-    }
+void multiply_floats(const Weight& weight, int64_t inputs, int64_t begin, int64_t end, const float* x, int64_t ldx,
+                     int64_t rows, float* y, int64_t ldy) {
+  // Whole vectors are one group, and what is left of the row is added by hand.
+  const int64_t whole = inputs / Widen<kStorage>::kStep * Widen<kStorage>::kStep;
+  int64_t n = begin;
+  if (rows == 1)  // enough sums that none waits for the product before
+    for (; n + 4 <= end; n += 4) strip<kStorage, 4>(weight, inputs, whole, whole, n, x, ldx, rows, y + n, ldy);
+  for (; n + 2 <= end; n += 2) strip<kStorage, 2>(weight, inputs, whole, whole, n, x, ldx, rows, y + n, ldy);
+  for (; n < end; ++n) strip<kStorage, 1>(weight, inputs, whole, whole, n, x, ldx, rows, y + n, ldy);
+  for (n = begin; whole < inputs && n < end; ++n) {
+    const Widen<kStorage> widen(weight, n, inputs);
+    for (int64_t k = whole; k < inputs; ++k)
+      for (int64_t m = 0; m < rows; ++m) y[m * ldy + n] += widen.scalar(k) * x[m * ldx + k];
   }
 }
 
@@ -165,6 +175,29 @@ void widen_all(const Weight& weight, int64_t inputs, int64_t begin, int64_t end,
   }
 }
 
+template <Storage kStorage>
+void multiply_integers(const Weight& weight, int64_t inputs, int64_t begin, int64_t end, const float* x, int64_t ldx,
+                       int64_t rows, float* y, int64_t ldy) {
+  const int64_t group = weight.group_size;
+  int64_t n = begin;
+  if (rows == 1) {
+    for (; n + 2 <= end; n += 2) strip<kStorage, 2>(weight, inputs, inputs, group, n, x, ldx, rows, y + n, ldy);
+    for (; n < end; ++n) strip<kStorage, 1>(weight, inputs, inputs, group, n, x, ldx, rows, y + n, ldy);
+    return;
+  }
+  // Two rows are widened once, into the nearest cache, and serve all tiles.
+  thread_local std::vector<float> buffer;
+  buffer.resize(2 * inputs);
+  Weight wide{};
+  wide.data = buffer.data();
+  wide.storage = Storage::kFloat32;
+  for (; n < end; n += 2) {
+    const int64_t count = std::min<int64_t>(2, end - n);
+    widen_all<kStorage>(weight, inputs, n, n + count, buffer.data());
+    multiply_floats<Storage::kFloat32>(wide, inputs, 0, count, x, ldx, rows, y + n, ldy);
+  }
+}
+
 }  // namespace
 
 void widen_rows(const Weight& weight, int64_t inputs, int64_t begin, int64_t end, float* out) {
@@ -175,9 +208,13 @@ void widen_rows(const Weight& weight, int64_t inputs, int64_t begin, int64_t end
 void multiply_rows(const Weight& weight, int64_t inputs, int64_t begin, int64_t end, const float* x, int64_t ldx,
                    int64_t rows, float* y, int64_t ldy) {
   switch (weight.storage) {
-    case Storage::kFloat32: return multiply<Storage::kFloat32>(weight, inputs, begin, end, x, ldx, rows, y, ldy);
-    case Storage::kBfloat16: return multiply<Storage::kBfloat16>(weight, inputs, begin, end, x, ldx, rows, y, ldy);
-    case Storage::kInt8: return multiply<Storage::kInt8>(weight, inputs, begin, end, x, ldx, rows, y, ldy);
-    case Storage::kInt4: return multiply<Storage::kInt4>(weight, inputs, begin, end, x, ldx, rows, y, ldy);
+    case Storage::kFloat32:
+      return multiply_floats<Storage::kFloat32>(weight, inputs, begin, end, x, ldx, rows, y, ldy);
+    case Storage::kBfloat16:
+      return multiply_floats<Storage::kBfloat16>(weight, inputs, begin, end, x, ldx, rows, y, ldy);
+    case Storage::kInt8:
+      return multiply_integers<Storage::kInt8>(weight, inputs, begin, end, x, ldx, rows, y, ldy);
+    case Storage::kInt4:
+      return multiply_integers<Storage::kInt4>(weight, inputs, begin, end, x, ldx, rows, y, ldy);
   }
 }

@@ -3,6 +3,9 @@
 #pragma GCC target("avx2,fma,f16c")
 #include <immintrin.h>
 
+#include <algorithm>
+#include <vector>
+
 #include "kernels.h"
 
 namespace whet::avx2 {
@@ -10,7 +13,7 @@ namespace {
 
 using Vec = __m256;
 constexpr int kLanes = 8;
-constexpr bool kWideTiles = false;  // sixteen registers hold no sums of eight rows beside the weights
+constexpr int kTileRows = 4;  // with two rows of W, eight of the sixteen registers hold sums
 
 inline Vec zero() { return _mm256_setzero_ps(); }
 inline Vec set1(float value) { return _mm256_set1_ps(value); }
@@ -27,11 +30,11 @@ inline Vec load_int8(const int8_t* from) {
   return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))));
 }
 inline Vec widen_int8(__m128i bytes) { return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes)); }
-inline void unpack_int4(const uint8_t* from, Vec* out) {
+inline void unpack_int4(const uint8_t* from, char shift, Vec* out) {
   const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
-  const __m128i mask = _mm_set1_epi8(15), eight = _mm_set1_epi8(8);
-  const __m128i low = _mm_sub_epi8(_mm_and_si128(bytes, mask), eight);
-  const __m128i high = _mm_sub_epi8(_mm_and_si128(_mm_srli_epi16(bytes, 4), mask), eight);
+  const __m128i mask = _mm_set1_epi8(15), added = _mm_set1_epi8(shift);
+  const __m128i low = _mm_sub_epi8(_mm_and_si128(bytes, mask), added);
+  const __m128i high = _mm_sub_epi8(_mm_and_si128(_mm_srli_epi16(bytes, 4), mask), added);
   const __m128i first = _mm_unpacklo_epi8(low, high), second = _mm_unpackhi_epi8(low, high);
   out[0] = widen_int8(first);
   out[1] = widen_int8(_mm_srli_si128(first, 8));

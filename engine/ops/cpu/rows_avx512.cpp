@@ -3,6 +3,9 @@
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")
 #include <immintrin.h>
 
+#include <algorithm>
+#include <vector>
+
 #include "kernels.h"
 
 namespace whet::avx512 {
@@ -10,7 +13,7 @@ namespace {
 
 using Vec = __m512;
 constexpr int kLanes = 16;
-constexpr bool kWideTiles = true;
+constexpr int kTileRows = 8;  // with two rows of W, sixteen of the 32 registers hold sums
 
 inline Vec zero() { return _mm512_setzero_ps(); }
 inline Vec set1(float value) { return _mm512_set1_ps(value); }
@@ -27,11 +30,11 @@ inline Vec widen_int8(__m128i bytes) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_
 inline Vec load_int8(const int8_t* from) {
   return widen_int8(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
 }
-inline void unpack_int4(const uint8_t* from, Vec* out) {
+inline void unpack_int4(const uint8_t* from, char shift, Vec* out) {
   const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
-  const __m128i mask = _mm_set1_epi8(15), eight = _mm_set1_epi8(8);
-  const __m128i low = _mm_sub_epi8(_mm_and_si128(bytes, mask), eight);
-  const __m128i high = _mm_sub_epi8(_mm_and_si128(_mm_srli_epi16(bytes, 4), mask), eight);
+  const __m128i mask = _mm_set1_epi8(15), added = _mm_set1_epi8(shift);
+  const __m128i low = _mm_sub_epi8(_mm_and_si128(bytes, mask), added);
+  const __m128i high = _mm_sub_epi8(_mm_and_si128(_mm_srli_epi16(bytes, 4), mask), added);
   out[0] = widen_int8(_mm_unpacklo_epi8(low, high));
   out[1] = widen_int8(_mm_unpackhi_epi8(low, high));
 }
