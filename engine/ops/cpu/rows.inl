@@ -13,7 +13,6 @@ struct Widen<Storage::kFloat32> {
   const float* row;
   Widen() = default;
   Widen(const Weight& w, int64_t n, int64_t inputs) : row(static_cast<const float*>(w.data) + n * inputs) {}
-  void group(int64_t) {}
   void operator()(int64_t at, Vec* out) const {
     out[0] = load(row + at);
     out[1] = load(row + at + kLanes);
@@ -27,7 +26,6 @@ struct Widen<Storage::kBfloat16> {
   const uint16_t* row;
   Widen() = default;
   Widen(const Weight& w, int64_t n, int64_t inputs) : row(static_cast<const uint16_t*>(w.data) + n * inputs) {}
-  void group(int64_t) {}
   void operator()(int64_t at, Vec* out) const {
     out[0] = load_bf16(row + at);
     out[1] = load_bf16(row + at + kLanes);
@@ -40,34 +38,44 @@ struct Widen<Storage::kBfloat16> {
   }
 };
 
-// Scale, zero point and offset of the present group.
+// Where a row's scales, zero points and offsets lie.
 struct Affine {
-  const void* scales;
-  const void* zeros;
-  const void* offsets;
+  const char* scales;
+  const char* zeros;
+  const char* offsets;
   bool half;
-  Vec scale, zero_point, offset;
   Affine() = default;
   Affine(const Weight& w, int64_t n, int64_t inputs) : half(w.half_scales != 0) {
     const int64_t at = n * (inputs / w.group_size) * (half ? 2 : 4);
-    const auto row = [at](const void* from) { return from == nullptr ? from : static_cast<const char*>(from) + at; };
+    const auto row = [at](const void* from) {
+      return from == nullptr ? nullptr : static_cast<const char*>(from) + at;
+    };
     scales = row(w.scales);
     zeros = row(w.zeros);
     offsets = row(w.offsets);
-    offset = zero();
   }
-  Vec one(const void* from, int64_t index) const {
-    return set1(half ? _cvtsh_ss(static_cast<const uint16_t*>(from)[index]) : static_cast<const float*>(from)[index]);
+  float one(const char* from, int64_t index) const {
+    return half ? _cvtsh_ss(reinterpret_cast<const uint16_t*>(from)[index])
+                : reinterpret_cast<const float*>(from)[index];
   }
-  void group(int64_t index) {
-    scale = one(scales, index);
-    if (zeros != nullptr) zero_point = one(zeros, index);
-    if (offsets != nullptr) offset = one(offsets, index);
-  }
-  Vec value(Vec q) const {
-    if (zeros != nullptr) q = sub(q, zero_point);
-    return fma(q, scale, offset);
-  }
+};
+
+// Those of one group, in registers. Without zero points, q * scale + offset is one rounding of the exact value.
+template <bool kZeros>
+struct Group {
+  Vec scale, zero_point, offset;
+  Group() = default;
+  Group(const Affine& row, int64_t index)
+      : scale(set1(row.one(row.scales, index))), zero_point(kZeros ? set1(row.one(row.zeros, index)) : zero()),
+        offset(row.offsets == nullptr ? zero() : set1(row.one(row.offsets, index))) {}
+  Vec value(Vec q) const { return fma(kZeros ? sub(q, zero_point) : q, scale, offset); }
+};
+
+struct NoGroup {
+  NoGroup() = default;
+  template <typename Row>
+  NoGroup(const Row&, int64_t) {}
+  Vec value(Vec w) const { return w; }
 };
 
 template <>
@@ -78,7 +86,7 @@ struct Widen<Storage::kInt8> : Affine {
   Widen(const Weight& w, int64_t n, int64_t inputs)
       : Affine(w, n, inputs), row(static_cast<const int8_t*>(w.data) + n * inputs) {}
   void operator()(int64_t at, Vec* out) const {
-    for (int i = 0; i < 16 / kLanes; ++i) out[i] = value(load_int8(row + at + i * kLanes));
+    for (int i = 0; i < 16 / kLanes; ++i) out[i] = load_int8(row + at + i * kLanes);
   }
 };
 
@@ -92,25 +100,25 @@ struct Widen<Storage::kInt4> : Affine {
       : Affine(w, n, inputs),
         row(static_cast<const uint8_t*>(w.data) + n * (inputs / 2)),
         shift(static_cast<char>(w.shift)) {}
-  void operator()(int64_t at, Vec* out) const {
-    unpack_int4(row + at / 2, shift, out);
-    for (int i = 0; i < 32 / kLanes; ++i) out[i] = value(out[i]);
-  }
+  void operator()(int64_t at, Vec* out) const { unpack_int4(row + at / 2, shift, out); }
 };
 
 // kWeights rows of W times kRows rows of x. One sum of vectors for each pair, over k in order: whatever tile a pair is
 // in, and whether its weights were widened before, its result is the same.
-template <Storage kStorage, int kWeights, int kRows>
-inline void tile(Widen<kStorage>* widen, int64_t inputs, int64_t group_size, const float* x, int64_t ldx, float* y,
+template <Storage kStorage, typename GroupOf, int kWeights, int kRows>
+inline void tile(const Widen<kStorage>* rows_of, int64_t inputs, int64_t group_size, const float* x, int64_t ldx, float* y,
                  int64_t ldy) {
   constexpr int64_t kStep = Widen<kStorage>::kStep;
   constexpr int kVecs = kStep / kLanes;
+  Widen<kStorage> widen[kWeights];
+  for (int r = 0; r < kWeights; ++r) widen[r] = rows_of[r];
   Vec sums[kWeights][kRows];
   for (int r = 0; r < kWeights; ++r)
     for (int m = 0; m < kRows; ++m) sums[r][m] = zero();
   int64_t group = 0;
   for (int64_t start = 0; start < inputs; start += group_size, ++group) {
-    for (int r = 0; r < kWeights; ++r) widen[r].group(group);
+    GroupOf groups[kWeights];
+    for (int r = 0; r < kWeights; ++r) groups[r] = GroupOf(widen[r], group);
     for (int64_t k = start; k < start + group_size; k += kStep) {
 #pragma GCC unroll 8
       for (int r = 0; r < kWeights; ++r) {
@@ -118,8 +126,9 @@ inline void tile(Widen<kStorage>* widen, int64_t inputs, int64_t group_size, con
         widen[r](k, w);
 #pragma GCC unroll 8
         for (int i = 0; i < kVecs; ++i) {
+          const Vec value = groups[r].value(w[i]);
 #pragma GCC unroll 8
-          for (int m = 0; m < kRows; ++m) sums[r][m] = fma(w[i], load(x + m * ldx + k + i * kLanes), sums[r][m]);
+          for (int m = 0; m < kRows; ++m) sums[r][m] = fma(value, load(x + m * ldx + k + i * kLanes), sums[r][m]);
         }
       }
     }
@@ -129,29 +138,30 @@ inline void tile(Widen<kStorage>* widen, int64_t inputs, int64_t group_size, con
 }
 
 // kWeights rows of W, from n on, times all rows of x.
-template <Storage kStorage, int kWeights>
+template <Storage kStorage, typename GroupOf, int kWeights>
 void strip(const Weight& weight, int64_t inputs, int64_t whole, int64_t group_size, int64_t n, const float* x,
            int64_t ldx, int64_t rows, float* y, int64_t ldy) {
   Widen<kStorage> widen[kWeights];
   for (int r = 0; r < kWeights; ++r) widen[r] = Widen<kStorage>(weight, n + r, inputs);
   int64_t m = 0;
   for (; m + kTileRows <= rows; m += kTileRows)
-    tile<kStorage, kWeights, kTileRows>(widen, whole, group_size, x + m * ldx, ldx, y + m * ldy, ldy);
+    tile<kStorage, GroupOf, kWeights, kTileRows>(widen, whole, group_size, x + m * ldx, ldx, y + m * ldy, ldy);
   for (; m + 2 <= rows; m += 2)
-    tile<kStorage, kWeights, 2>(widen, whole, group_size, x + m * ldx, ldx, y + m * ldy, ldy);
-  for (; m < rows; ++m) tile<kStorage, kWeights, 1>(widen, whole, group_size, x + m * ldx, ldx, y + m * ldy, ldy);
+    tile<kStorage, GroupOf, kWeights, 2>(widen, whole, group_size, x + m * ldx, ldx, y + m * ldy, ldy);
+  for (; m < rows; ++m) tile<kStorage, GroupOf, kWeights, 1>(widen, whole, group_size, x + m * ldx, ldx, y + m * ldy, ldy);
 }
 
 template <Storage kStorage>
 void multiply_floats(const Weight& weight, int64_t inputs, int64_t begin, int64_t end, const float* x, int64_t ldx,
                      int64_t rows, float* y, int64_t ldy) {
+  using GroupOf = NoGroup;
   // Whole vectors are one group, and what is left of the row is added by hand.
   const int64_t whole = inputs / Widen<kStorage>::kStep * Widen<kStorage>::kStep;
   int64_t n = begin;
   if (rows == 1)  // enough sums that none waits for the product before
-    for (; n + 4 <= end; n += 4) strip<kStorage, 4>(weight, inputs, whole, whole, n, x, ldx, rows, y + n, ldy);
-  for (; n + 2 <= end; n += 2) strip<kStorage, 2>(weight, inputs, whole, whole, n, x, ldx, rows, y + n, ldy);
-  for (; n < end; ++n) strip<kStorage, 1>(weight, inputs, whole, whole, n, x, ldx, rows, y + n, ldy);
+    for (; n + 4 <= end; n += 4) strip<kStorage, GroupOf, 4>(weight, inputs, whole, whole, n, x, ldx, rows, y + n, ldy);
+  for (; n + 2 <= end; n += 2) strip<kStorage, GroupOf, 2>(weight, inputs, whole, whole, n, x, ldx, rows, y + n, ldy);
+  for (; n < end; ++n) strip<kStorage, GroupOf, 1>(weight, inputs, whole, whole, n, x, ldx, rows, y + n, ldy);
   for (n = begin; whole < inputs && n < end; ++n) {
     const Widen<kStorage> widen(weight, n, inputs);
     for (int64_t k = whole; k < inputs; ++k)
@@ -159,30 +169,32 @@ void multiply_floats(const Weight& weight, int64_t inputs, int64_t begin, int64_
   }
 }
 
-template <Storage kStorage>
+template <Storage kStorage, bool kZeros>
 void widen_all(const Weight& weight, int64_t inputs, int64_t begin, int64_t end, float* out) {
   using W = Widen<kStorage>;
   for (int64_t n = begin; n < end; ++n, out += inputs) {
-    W widen(weight, n, inputs);
-    for (int64_t start = 0, group = 0; start < inputs; start += weight.group_size, ++group) {
-      widen.group(group);
+    const W widen(weight, n, inputs);
+    for (int64_t start = 0, index = 0; start < inputs; start += weight.group_size, ++index) {
+      const Group<kZeros> group(widen, index);
       for (int64_t k = start; k < start + weight.group_size; k += W::kStep) {
         Vec w[W::kStep / kLanes];
         widen(k, w);
-        for (int i = 0; i < W::kStep / kLanes; ++i) store(out + k + i * kLanes, w[i]);
+        for (int i = 0; i < W::kStep / kLanes; ++i) store(out + k + i * kLanes, group.value(w[i]));
       }
     }
   }
 }
 
-template <Storage kStorage>
+template <Storage kStorage, bool kZeros>
 void multiply_integers(const Weight& weight, int64_t inputs, int64_t begin, int64_t end, const float* x, int64_t ldx,
                        int64_t rows, float* y, int64_t ldy) {
+  using GroupOf = Group<kZeros>;
   const int64_t group = weight.group_size;
   int64_t n = begin;
   if (rows == 1) {
-    for (; n + 2 <= end; n += 2) strip<kStorage, 2>(weight, inputs, inputs, group, n, x, ldx, rows, y + n, ldy);
-    for (; n < end; ++n) strip<kStorage, 1>(weight, inputs, inputs, group, n, x, ldx, rows, y + n, ldy);
+    for (; n + 2 <= end; n += 2)
+      strip<kStorage, GroupOf, 2>(weight, inputs, inputs, group, n, x, ldx, rows, y + n, ldy);
+    for (; n < end; ++n) strip<kStorage, GroupOf, 1>(weight, inputs, inputs, group, n, x, ldx, rows, y + n, ldy);
     return;
   }
   // Two rows are widened once, into the nearest cache, and serve all tiles.
@@ -193,7 +205,7 @@ void multiply_integers(const Weight& weight, int64_t inputs, int64_t begin, int6
   wide.storage = Storage::kFloat32;
   for (; n < end; n += 2) {
     const int64_t count = std::min<int64_t>(2, end - n);
-    widen_all<kStorage>(weight, inputs, n, n + count, buffer.data());
+    widen_all<kStorage, kZeros>(weight, inputs, n, n + count, buffer.data());
     multiply_floats<Storage::kFloat32>(wide, inputs, 0, count, x, ldx, rows, y + n, ldy);
   }
 }
@@ -201,20 +213,28 @@ void multiply_integers(const Weight& weight, int64_t inputs, int64_t begin, int6
 }  // namespace
 
 void widen_rows(const Weight& weight, int64_t inputs, int64_t begin, int64_t end, float* out) {
-  if (weight.storage == Storage::kInt8) return widen_all<Storage::kInt8>(weight, inputs, begin, end, out);
-  if (weight.storage == Storage::kInt4) return widen_all<Storage::kInt4>(weight, inputs, begin, end, out);
+  const bool zeros = weight.zeros != nullptr;
+  if (weight.storage == Storage::kInt8)
+    return zeros ? widen_all<Storage::kInt8, true>(weight, inputs, begin, end, out)
+                 : widen_all<Storage::kInt8, false>(weight, inputs, begin, end, out);
+  if (weight.storage == Storage::kInt4)
+    return zeros ? widen_all<Storage::kInt4, true>(weight, inputs, begin, end, out)
+                 : widen_all<Storage::kInt4, false>(weight, inputs, begin, end, out);
 }
 
 void multiply_rows(const Weight& weight, int64_t inputs, int64_t begin, int64_t end, const float* x, int64_t ldx,
                    int64_t rows, float* y, int64_t ldy) {
+  RowsKernel kernel = nullptr;
+  const bool zeros = weight.zeros != nullptr;
   switch (weight.storage) {
-    case Storage::kFloat32:
-      return multiply_floats<Storage::kFloat32>(weight, inputs, begin, end, x, ldx, rows, y, ldy);
-    case Storage::kBfloat16:
-      return multiply_floats<Storage::kBfloat16>(weight, inputs, begin, end, x, ldx, rows, y, ldy);
+    case Storage::kFloat32: kernel = multiply_floats<Storage::kFloat32>; break;
+    case Storage::kBfloat16: kernel = multiply_floats<Storage::kBfloat16>; break;
     case Storage::kInt8:
-      return multiply_integers<Storage::kInt8>(weight, inputs, begin, end, x, ldx, rows, y, ldy);
+      kernel = zeros ? multiply_integers<Storage::kInt8, true> : multiply_integers<Storage::kInt8, false>;
+      break;
     case Storage::kInt4:
-      return multiply_integers<Storage::kInt4>(weight, inputs, begin, end, x, ldx, rows, y, ldy);
+      kernel = zeros ? multiply_integers<Storage::kInt4, true> : multiply_integers<Storage::kInt4, false>;
+      break;
   }
+  kernel(weight, inputs, begin, end, x, ldx, rows, y, ldy);
 }
