@@ -19,7 +19,9 @@ from engine.core.sequence import Sequence, new_sequences
 from engine.request import Request
 from tests.engine.test_generate import GREEDY, make_engine, prompt
 
-TOLERANCE = 1e-5
+TOLERANCE = 1e-4
+"""Of the largest hidden state. Steps and chunks sum in different orders, and rounding grows from layer to layer: the
+same runs without any draft differ by up to 3e-5."""
 
 
 class Drafter:
