@@ -18,6 +18,11 @@
 #define WHET_PAUSE() std::this_thread::yield()
 #endif
 
+// A test puts delays here, so that threads meet where they seldom do (tests/unit/test_cpu_pool.py).
+#ifndef WHET_DELAY
+#define WHET_DELAY()
+#endif
+
 namespace whet {
 namespace {
 
@@ -47,12 +52,15 @@ class Pool {
       for (int64_t i = 0; i < total; ++i) body(context, i);
       return;
     }
-    const uint64_t job = (ticket_.load(std::memory_order_relaxed) >> 32) + 1;
-    // Closed while the fields change: a thread that is late from the job before finds a job that has no piece left.
+    const uint64_t last = ticket_.load(std::memory_order_relaxed) >> 32, job = last + 1;
+    // Closed while the fields change: a thread that is late from the job before holds a ticket that is no longer the
+    // present one, or finds a job that has no piece left.
+    ticket_.store(last << 32 | 0xffffffffu, std::memory_order_seq_cst);
     body_.store(body, std::memory_order_relaxed);
     context_.store(context, std::memory_order_relaxed);
     total_.store(total, std::memory_order_relaxed);
     done_.store(0, std::memory_order_relaxed);
+    WHET_DELAY();
     ticket_.store(job << 32, std::memory_order_seq_cst);
     if (sleepers_.load(std::memory_order_seq_cst) > 0) {
       const std::lock_guard<std::mutex> lock(sleep_);
@@ -69,6 +77,7 @@ class Pool {
     uint64_t ticket = ticket_.load(std::memory_order_acquire);
     for (;;) {
       if (ticket >> 32 != job) return;
+      WHET_DELAY();
       const auto index = static_cast<int64_t>(ticket & 0xffffffffu);
       const int64_t total = total_.load(std::memory_order_relaxed);
       const Body body = body_.load(std::memory_order_relaxed);
