@@ -20,6 +20,7 @@ from engine.errors import EngineError, InvalidArgumentError, OutOfMemoryError
 from engine.loading import Checkpoint, open_checkpoint
 from engine.lora.peft import MAX_RANK
 from engine.models.base import CausalLM, Model, build_model
+from engine.ops import cpu
 from engine.quantization.base import scheme_map
 from engine.training.seeds import derive_seed
 from engine.verification.figures import Figure, Group, Measured, Unmeasurable
@@ -97,7 +98,9 @@ def verify(params: VerifyParams) -> Iterator[Figure]:
     checkpoint = open_for_verification(params.path, params.num_layers)
     lengths = _lengths(params.token_ids, checkpoint)
     room = _plan_memory(checkpoint)
-    torch.set_num_threads(params.num_threads or usable_cores())
+    num_threads = params.num_threads or usable_cores()
+    torch.set_num_threads(num_threads)
+    cpu.set_num_threads(num_threads)
     # The runner of requests is never used, and a cache takes memory only as it is written.
     config = EngineConfig(device="cpu", dtype="float32", max_running_requests=1, enable_prefix_caching=False)
     loaded = load_checkpoint("verify", checkpoint, config, torch.device("cpu"), torch.float32)
