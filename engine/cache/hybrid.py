@@ -94,6 +94,7 @@ class HybridManager(CacheManager):
 
     def allocate(self, sequence: CachedSequence, num_tokens: int, num_drafts: int = 0) -> bool:
         assert 0 <= num_drafts < num_tokens, f"{num_drafts} drafts of {num_tokens} tokens"
+        self._unschedule(sequence)
         state = self._states.get(id(sequence)) or HeldState()
         if not self.slots.can_enter(state) or not self.blocks.allocate(sequence, num_tokens):
             return False
@@ -167,7 +168,7 @@ class HybridManager(CacheManager):
 
     def free(self, sequence: CachedSequence) -> None:
         state = self._states.pop(id(sequence), None)
-        self._scheduled.pop(id(sequence), None)
+        self._unschedule(sequence)
         if state is not None:
             self.slots.leave(state)
         self.blocks.free(sequence)
@@ -200,6 +201,13 @@ class HybridManager(CacheManager):
 
     def _state(self, sequence: CachedSequence) -> HeldState:
         return self._states.setdefault(id(sequence), HeldState())
+
+    def _unschedule(self, sequence: CachedSequence) -> None:
+        """The tokens allocated last are not computed; of drafts among them the hashes go, for others may follow."""
+        num_tokens, num_drafts = self._scheduled.pop(id(sequence), (0, 0))
+        if num_drafts:
+            certain = sequence.num_computed_tokens + num_tokens - num_drafts
+            del sequence.block_hashes[certain // self.block_size :]
 
     def _lasts(self, state: HeldState, position: int) -> bool:
         """Whether a checkpoint at this boundary is of use for as long as there is room."""

@@ -223,6 +223,28 @@ def test_rollback_goes_back_to_a_state_that_is_known(seed: int) -> None:
     assert manager.slots.pool.num_used == 0
 
 
+@pytest.mark.parametrize("ends", ["free", "allocate"])
+def test_drafts_that_no_step_computed_leave_no_name(ends: str) -> None:
+    """Room for drafts, and a preemption or other tokens in place of the step: the contents that come instead are not
+    found under the drafts' hashes."""
+    manager = HybridManager(40, 4, 12, 4)
+    runner = Runner(manager)
+    holder = Holder(list(range(7)))
+    assert manager.match_prefix(holder) == 0
+    runner.step(holder, 6)
+    holder.token_ids += [50, 51, 52]
+    assert manager.allocate(holder, 4, 3)
+    if ends == "free":
+        manager.free(holder)
+    del holder.token_ids[7:]
+    holder.token_ids += [60, 61, 62]
+    if ends == "free":
+        manager.match_prefix(holder)
+    runner.step(holder, 10 - holder.num_computed_tokens)
+    assert manager.match_prefix(Holder([*range(7), 50, 99])) == 4
+    assert manager.match_prefix(Holder([*range(7), 60, 99])) == 8
+
+
 def test_bad_sizes_are_refused() -> None:
     with pytest.raises(InvalidArgumentError):
         StateSlots(4, 4)
