@@ -254,7 +254,10 @@ def _write(item: _Output, writer: SafetensorsWriter, device: torch.device, sums:
     if value.numel() == 0 or value.dim() == 0:
         writer.write(item.name, value.to(item.dtype))
         return
-    stacked = value.reshape(-1, *value.shape[-2:]) if value.dim() > 1 else value.reshape(1, 1, -1)
+    if item.updates:
+        stacked = value.reshape(-1, *value.shape[-2:])
+    else:  # as one matrix: the taps of a convolution would be a slice for each channel
+        stacked = value.reshape(1, -1, value.shape[-1])
     columns = stacked.shape[2]
     updates = [(a.to(device), b.to(device)) for a, b in item.updates]
     rank = sum(a.shape[1] for a, _ in updates)

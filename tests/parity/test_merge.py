@@ -351,3 +351,15 @@ def test_slices_give_what_a_whole_gives(source: Path, tmp_path: Path, monkeypatc
     assert whole.keys() == sliced.keys()
     for name, value in whole.items():
         assert torch.allclose(value, sliced[name], rtol=1e-6, atol=1e-7), name
+
+
+def test_a_small_tensor_is_one_slice(tmp_path: Path) -> None:
+    """However many axes it has: the taps of a convolution are [C, 1, W]."""
+    engine = make_engine(save_tiny_hybrid(tmp_path / "source"), tmp_path / "state")
+    publish(engine)
+    job = merging.merge(
+        spec(tmp_path / "merged", load=False), engine._model("tiny"), tmp_path / "source", engine.load_model
+    )
+    events = list(job)
+    assert events.count(None) == sum(isinstance(event, MergeProgress) for event in events) + 1
+    assert engine.load_model("merged", tmp_path / "merged").num_parameters == engine._model("tiny").info.num_parameters
