@@ -83,8 +83,8 @@ def combine(name: str, adapters: Weighted, method: str, *, max_rank: int = MAX_R
     """One adapter of several; see the module.
 
     Raises:
-        InvalidArgumentError: the method is unknown, "linear" was given ranks that differ, or the ranks are too high
-            together.
+        InvalidArgumentError: the method is unknown, "linear" was given ranks that differ, the ranks are too high
+            together, or the weights lead beyond float32.
     """
     if method not in METHODS:
         raise InvalidArgumentError(f"method is {method!r}; accepted: {', '.join(METHODS)}", field="method")
@@ -93,6 +93,13 @@ def combine(name: str, adapters: Weighted, method: str, *, max_rank: int = MAX_R
     for module in dict.fromkeys(module for adapter, _ in adapters for module in adapter.modules):
         having = [(adapter, weight) for adapter, weight in adapters if module in adapter.modules]
         modules[module] = _cat(module, having, max_rank) if method == "cat" else _linear(module, having)
+        if not all(bool(torch.isfinite(factor).all()) for factor in modules[module]):
+            weights = ", ".join(f"{weight:g}" for _, weight in having)
+            raise InvalidArgumentError(
+                f"sources have weights {weights}, with which {module} has values that float32 does not hold; accepted: "
+                "weights nearer to 0",
+                field="sources",
+            )
     ranks = {module: a.shape[-2] for module, (a, _) in modules.items()}
     rank = max(ranks.values())
     # alpha / rank is 1 in every module, whatever its rank.

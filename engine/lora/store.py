@@ -25,6 +25,7 @@ from engine.errors import (
     AlreadyExistsError,
     EngineError,
     FailedPreconditionError,
+    FormatError,
     InvalidArgumentError,
     NotFoundError,
 )
@@ -203,9 +204,13 @@ class AdapterStore:
             base_digest: None: that of this model.
             run_id, best_nll, parent, data_digest, sources, combination, forced: see Lineage.
         Raises:
+            FormatError: it has values that are not finite, which no load would take.
             FailedPreconditionError: there is no directory to store it in.
         """
         name = validate_name(adapter.name, "adapter")
+        for module, pair in adapter.modules.items():
+            if not all(bool(torch.isfinite(factor).all()) for factor in pair):
+                raise FormatError(f"adapter {name!r} has values in {module} that are not finite; nothing is published")
         digest = self._base_digest if base_digest is None else base_digest
         lineage = Lineage(
             created_at=time.time(),
@@ -318,7 +323,7 @@ class AdapterStore:
 
     def delete(self, name: str, version: int | None = None) -> None:
         """Deletes a version, or all of them, from disk and memory. Where the live one goes, the newest that is left
-        becomes live.
+        becomes live, unless it cannot be loaded; then none is.
 
         Raises:
             NotFoundError: there is no such adapter or version.
@@ -347,7 +352,14 @@ class AdapterStore:
         if live is not None and live.version in gone:
             del self._live[name]
             if left:
-                self._live[name] = self._take_old(name, left[-1]) or self._read(name, left[-1])
+                self._go_back(name, left[-1])
+
+    def _go_back(self, name: str, version: int) -> None:
+        """Makes an earlier version live, where it can be: the deletion before it is done, and no error of it."""
+        try:
+            self._live[name] = self._take_old(name, version) or self._read(name, version)
+        except EngineError as error:
+            logger.warning("adapter %s of %s has no live version: %s", name, self._model_name, error.message)
 
     def prune(
         self,

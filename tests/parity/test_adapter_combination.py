@@ -148,6 +148,8 @@ def test_one_adapter_with_weight_one_is_itself(loaded: LoadedModel) -> None:
     ([("a", 1, 1.0), ("b", 1, 1.0)], "linear", "sources"),
     ([("a", 1, 1.0), ("b", 1, 1.0)], "average", "method"),
     ([("a", 1, 1.0)] * 3, "cat", "sources"),
+    ([("a", 1, 1e300)], "cat", "sources"),
+    ([("a", 1, -1e300), ("a", 1, 1.0)], "linear", "sources"),
 ])  # fmt: skip
 def test_what_cannot_be_combined(
     loaded: LoadedModel, sources: list[tuple[str, int, float]], method: str, field: str

@@ -131,6 +131,27 @@ def test_deleting_an_old_version_leaves_the_live_one(store: AdapterStore) -> Non
         store.get("tone", 1)
 
 
+def test_what_no_load_would_take_is_not_published(store: AdapterStore) -> None:
+    """Values that are not finite: the version before stays live."""
+    store.publish(filled(1.0))
+    for value in (float("inf"), float("nan")):
+        with pytest.raises(FormatError, match="not finite"):
+            store.publish(filled(value))
+    assert [(i.version, i.live) for i in store.list()] == [(1, True)]
+
+
+def test_a_deletion_that_leaves_nothing_to_load_is_done_all_the_same(store: AdapterStore, tmp_path: Path) -> None:
+    """Of two versions the older is of other base weights: without the newer one none is live, until it is forced."""
+    store.publish(filled(1.0))
+    other = open_store(tmp_path, digest="other")
+    other.publish(filled(2.0))
+    other.delete("tone", 2)
+    assert [(i.version, i.live) for i in other.list()] == [(1, False)]
+    with pytest.raises(NotFoundError):
+        other.get("tone")
+    assert other.load("tone", force=True).live
+
+
 def test_old_versions_are_read_on_demand_and_few_stay(store: AdapterStore) -> None:
     """A request may name any stored version; the least recently used of them leave memory."""
     count = MAX_RESIDENT_OLD_VERSIONS + 3
