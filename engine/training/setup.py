@@ -146,7 +146,12 @@ def begin_or_resume(
 
     state = RunState(fingerprint=digest)
     if spec.init_adapter is not None:
-        init = loaded.adapters.get(spec.init_adapter, spec.init_adapter_version)
+        name, version = spec.init_adapter, spec.init_adapter_version
+        if version is not None:
+            name, version = loaded.adapters.present(
+                name, version
+            )  # it may have been renamed since the run was asked for
+        init = loaded.adapters.get(name, version)
         state.parent_name, state.parent_version = init.name, init.version
         # From the file: in memory it may be rounded to the model's type.
         path = loaded.adapters.path(init.name, init.version)

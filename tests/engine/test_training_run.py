@@ -406,6 +406,25 @@ def test_going_on_from_an_adapter(loaded: LoadedModel, tmp_path: Path) -> None:
     assert json.loads((Path(info.path) / "lineage.json").read_text())["parent"] == ["tone", 1]
 
 
+def test_going_on_from_an_adapter_that_was_renamed(loaded: LoadedModel, tmp_path: Path) -> None:
+    """A run that is resumed before its first checkpoint finds the weights that it named under their present name."""
+    events_of(make_spec(tmp_path, TRAIN, max_steps=2), loaded)
+    spec = make_spec(tmp_path, TRAIN, run="second", max_steps=2)
+    spec = dataclasses.replace(spec, adapter="child", init_adapter="tone", init_adapter_version=1)
+    loaded.adapters.rename("tone", "voice")
+    assert isinstance(events_of(spec, loaded)[-1], TrainFinished)
+    assert loaded.adapters.info("child").parent == ("voice", 1)
+
+
+def test_weights_that_give_no_number_are_not_published(loaded: LoadedModel, tmp_path: Path) -> None:
+    """Steps so large that the model overflows, where the base does not: the version before stays live."""
+    spec = make_spec(tmp_path, TRAIN, TRAIN, learning_rate=1e3, weight_decay=1e3, max_steps=3, publish="last")
+    with pytest.raises(TrainingError, match="held-out NLL") as caught:
+        events_of(spec, loaded)
+    assert caught.value.reason == "NON_FINITE"
+    assert not loaded.adapters.list()
+
+
 def test_adapting_online(loaded: LoadedModel, tmp_path: Path) -> None:
     """A few steps on a few examples, held out as well: base and final NLL are the loss on them before and after."""
     options: dict[str, Any] = {"batch_size": 2, "max_steps": 3, "publish": "last"}
