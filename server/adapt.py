@@ -78,9 +78,7 @@ class Adaptation:
             field = f"probe_prompts[{index}]"
             resolved = await resolve_prompt(prompt, model.tokenizer, model.info.vocab_size, config, field)
             if len(resolved.token_ids) > model.info.max_model_len:
-                raise over_limit(
-                    field, len(resolved.token_ids), model.info.max_model_len, "tokens, the model's context"
-                )
+                raise over_limit(field, len(resolved.token_ids), model.info.max_model_len, "tokens")
             probes.append(resolved.token_ids)
             num_tokens = sum(map(len, probes))
             if num_tokens > config.max_adapt_probe_tokens:
@@ -122,6 +120,7 @@ class Adaptation:
             request_id=request.request_id or None,
             config=convert_runs.to_adapt_config(request, spec, loss_on),
             dataset=summary,
+            cancel_with_caller=True,
         )
 
     async def _shape(self, request: training_pb2.AdaptRequest, model: ReadyModel) -> tuple[LoRAParams, int | None]:

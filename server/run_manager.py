@@ -7,14 +7,22 @@ it sees what is past and what is new in one sequence, without gaps and without r
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from engine.errors import EngineError, FailedPreconditionError, OverloadedError, UnavailableError
+from engine.errors import (
+    CancelledError,
+    EngineError,
+    FailedPreconditionError,
+    NotFoundError,
+    OverloadedError,
+    UnavailableError,
+)
 from engine.jobs import (
     JobEvent,
     JobFailed,
@@ -36,7 +44,10 @@ T = TypeVar("T")
 
 @dataclass(slots=True)
 class _LiveRun:
-    """Attributes: more: set, and replaced by a new one, whenever the archive has something new of the run."""
+    """Attributes:
+    more: set, and replaced by a new one, whenever the archive has something new of the run.
+    cancelled: it is to end, also where no worker has accepted it yet.
+    """
 
     model: str
     adapter: str
@@ -44,6 +55,7 @@ class _LiveRun:
     events: asyncio.Queue[JobEvent] = field(default_factory=asyncio.Queue)
     more: asyncio.Event = field(default_factory=asyncio.Event)
     follower: asyncio.Task[None] | None = None
+    cancelled: bool = False
 
     def announce(self) -> None:
         """Wakes the watchers."""
@@ -70,6 +82,7 @@ class RunManager:
         self._max_active = max_active
         self._live: dict[str, _LiveRun] = {}
         self._draining = False
+        self._starting: set[asyncio.Task[Any]] = set()
         self.on_published: Callable[[str, str], Awaitable[None]] | None = None
         # One thread: writes come in order, and a slow disk holds up no stream.
         self._disk = ThreadPoolExecutor(1, thread_name_prefix="archive")
@@ -138,10 +151,19 @@ class RunManager:
     # ----------------------------------------------------------------------------------------------------- lifetime
 
     async def start(
-        self, spec: TrainSpec, *, kind: RunKind, request_id: str | None, config: str, dataset: str
+        self,
+        spec: TrainSpec,
+        *,
+        kind: RunKind,
+        request_id: str | None,
+        config: str,
+        dataset: str,
+        cancel_with_caller: bool,
     ) -> RunRecord:
         """Archives a run and hands it to a worker.
 
+        Args:
+            cancel_with_caller: a caller that leaves meanwhile takes the run with it; else it goes on.
         Raises:
             OverloadedError: too many are active.
             AlreadyExistsError: of this request_id.
@@ -149,18 +171,24 @@ class RunManager:
         """
         self.check_capacity()
         live = self._live[spec.job_id] = _LiveRun(spec.model, spec.adapter, spec.init_adapter)
-        try:
-            await self._on_disk(
-                self._archive.create, spec=spec, kind=kind, request_id=request_id, config=config, dataset=dataset
-            )
-        except BaseException:
-            del self._live[spec.job_id]
-            raise
-        return await self._launch(spec, live)
 
-    async def resume(self, run_id: str) -> int:
+        async def begin() -> RunRecord:
+            try:
+                await self._on_disk(
+                    self._archive.create, spec=spec, kind=kind, request_id=request_id, config=config, dataset=dataset
+                )
+            except BaseException:
+                del self._live[spec.job_id]
+                raise
+            return await self._launch(spec, live)
+
+        return await self._to_the_end(begin(), spec.job_id if cancel_with_caller else None)
+
+    async def resume(self, run_id: str, *, cancel_with_caller: bool = False) -> int:
         """Goes on with a run from its last checkpoint. Returns the sequence number of its last event so far.
 
+        Args:
+            cancel_with_caller: as of ``start``.
         Raises:
             NotFoundError: there is no such run.
             FailedPreconditionError: it is running, or has ended.
@@ -174,19 +202,53 @@ class RunManager:
             )
         self.check_capacity()
         live = self._live[run_id] = _LiveRun(record.model, record.adapter, record.train_spec().init_adapter)
+
+        async def begin() -> int:
+            try:
+                last = await self._on_disk(self._archive.reopen, run_id)
+            except BaseException:
+                del self._live[run_id]
+                raise
+            await self._launch(record.train_spec(), live)
+            return last
+
+        return await self._to_the_end(begin(), run_id if cancel_with_caller else None)
+
+    async def _to_the_end(self, beginning: Coroutine[Any, Any, T], run_id: str | None) -> T:
+        """Begins a run in a task of its own: a caller that leaves right now must not leave a run behind that is archived
+        and not followed.
+
+        Args:
+            run_id: of the run to cancel when the caller leaves; None: it goes on.
+        """
+        task = asyncio.create_task(beginning)
+        self._starting.add(task)
+        task.add_done_callback(self._begun)
         try:
-            last = await self._on_disk(self._archive.reopen, run_id)
-        except BaseException:
-            del self._live[run_id]
+            return await asyncio.shield(task)
+        except asyncio.CancelledError:
+            if run_id is not None:
+                ending = asyncio.create_task(self.cancel(run_id))
+                self._starting.add(ending)
+                ending.add_done_callback(self._begun)
+                with contextlib.suppress(asyncio.CancelledError, EngineError):
+                    await asyncio.shield(ending)
             raise
-        await self._launch(record.train_spec(), live)
-        return last
+
+    def _begun(self, task: asyncio.Task[Any]) -> None:
+        self._starting.discard(task)
+        if not task.cancelled():
+            task.exception()  # where the caller has left, nobody else asks
 
     async def _launch(self, spec: TrainSpec, live: _LiveRun) -> RunRecord:
         live.follower = asyncio.create_task(self._follow(spec.job_id, live), name=f"run-{spec.job_id}")
         try:
-            # In a task of its own: a caller that leaves right now must not leave a job behind that nobody follows.
-            await asyncio.shield(asyncio.create_task(self._pool.start_job(spec, live.events.put_nowait)))
+            if live.cancelled:
+                raise CancelledError(f"run {spec.job_id} was cancelled")
+            await self._pool.start_job(spec, live.events.put_nowait)
+            if live.cancelled:  # while no job was there to be cancelled
+                with contextlib.suppress(NotFoundError):
+                    await self._pool.cancel_job(spec.job_id)
         except EngineError as error:
             live.events.put_nowait(
                 JobFailed(
@@ -210,10 +272,11 @@ class RunManager:
         record = await self.get(run_id)
         live = self._live.get(run_id)
         if live is not None:
+            live.cancelled = True
             try:
                 await self._pool.cancel_job(run_id)
             except EngineError as error:
-                if error.code != "not_found":  # it has just ended by itself
+                if error.code != "not_found":  # it has just ended by itself, or no worker was asked for it yet
                     raise
             if live.follower is not None:
                 # Slices are short: most callers want to see the run cancelled, and need not ask again.

@@ -127,6 +127,7 @@ class TrainingService(training_pb2_grpc.TrainingServiceServicer):
                 request_id=config.request_id or None,
                 config=convert_runs.to_resolved_config(request, config),
                 dataset=summary,
+                cancel_with_caller=request.cancel_on_disconnect,
             )
 
     async def _events(
@@ -214,7 +215,7 @@ class TrainingService(training_pb2_grpc.TrainingServiceServicer):
         run = await self._runs.get(request.run_id)
         with self._services.working_on(run.model, task="generate"):
             _check_dataset(run)
-            after = await self._runs.resume(run.run_id)
+            after = await self._runs.resume(run.run_id, cancel_with_caller=cancel)
         await current_call().send_initial_metadata(context, x_run_id=run.run_id)
         async with aclosing(self._events(run.run_id, after=after, cancel_on_disconnect=cancel)) as events:
             async for event in events:
