@@ -95,6 +95,10 @@ def verify(params: VerifyParams) -> Iterator[Figure]:
         raise InvalidArgumentError(
             f"adapter_rank is {params.adapter_rank}; accepted: an integer in [1, {MAX_RANK}]", field="adapter_rank"
         )
+    if params.num_threads < 0:
+        raise InvalidArgumentError(
+            f"num_threads is {params.num_threads}; accepted: 0, for as many as cores, or more", field="num_threads"
+        )
     checkpoint = open_for_verification(params.path, params.num_layers)
     lengths = _lengths(params.token_ids, checkpoint)
     room = _plan_memory(checkpoint)

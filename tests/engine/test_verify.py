@@ -247,6 +247,7 @@ def test_a_fault_in_one_place_fails(
         (["--tokens", "3"], "tokens is 3; accepted: at least 20"),
         (["--tokens", "5000"], "accepted: at most 426, as the model has 256 positions"),
         (["--adapter-rank", "0"], "adapter_rank is 0; accepted: an integer in [1, 4096]"),
+        (["--num-threads", "-1"], "num_threads is -1; accepted: 0, for as many as cores, or more"),
     ],
 )
 def test_options_out_of_range(tiny_llama: Path, options: list[str], message: str) -> None:
