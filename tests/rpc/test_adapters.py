@@ -107,8 +107,8 @@ def test_an_adapter_is_renamed_under_a_request(client: Client) -> None:
 
 
 def test_no_prefix_of_the_old_name_is_served(client: Client) -> None:
-    """A name that is taken over serves its own weights: the same prompt shares no block with what was cached under that
-    name before, in either direction."""
+    """Blocks go by the weights that act, not by the name: after a rename the same prompt finds those of its own weights,
+    and never those that were cached under the name before, in either direction."""
     prompt = "a prompt of many blocks, so that there is something to share. " * 3
     options: dict[str, Any] = {"model": MODEL, "temperature": 0.0, "max_tokens": 24, "ignore_eos": True}
     train(client, "swap-a", rank=4, max_steps=3, learning_rate=5e-2)
@@ -119,10 +119,10 @@ def test_no_prefix_of_the_old_name_is_served(client: Client) -> None:
     client.rename_adapter("swap-a", "swap-c", model=MODEL)
     client.rename_adapter("swap-b", "swap-a", model=MODEL)
     first = client.complete(prompt, adapter="swap-a", **options)
-    assert first.usage.cached_prompt_tokens == 0
+    assert first.usage.cached_prompt_tokens > 0, "the same weights act"
     assert first.token_ids == texts["swap-b"].token_ids
     moved = client.complete(prompt, adapter="swap-c", **options)
-    assert moved.usage.cached_prompt_tokens == 0
+    assert moved.usage.cached_prompt_tokens > 0, "the same weights act"
     assert moved.token_ids == texts["swap-a"].token_ids
 
 
