@@ -215,8 +215,8 @@ class RunManager:
         return await self._to_the_end(begin(), run_id if cancel_with_caller else None)
 
     async def _to_the_end(self, beginning: Coroutine[Any, Any, T], run_id: str | None) -> T:
-        """Begins a run in a task of its own: a caller that leaves right now must not leave a run behind that is archived
-        and not followed.
+        """Begins a run in a task of its own: a caller that leaves right now must not leave a run behind that is
+        archived and that nobody follows.
 
         Args:
             run_id: of the run to cancel when the caller leaves; None: it goes on.

@@ -66,8 +66,8 @@ def train(spec: TrainSpec, loaded: LoadedModel) -> Iterator[JobEvent | None]:
         NotFoundError: no such init_adapter.
         FailedPreconditionError: the model is an encoder, or resident in a type that cannot be trained over; there is no
             state directory; the checkpoint is of another configuration; or the run does not fit into memory.
-        TrainingError: from the generator: training and serving forward differ, or three steps in a row were not finite, or the
-            weights to be published have no finite held-out NLL where the base has one.
+        TrainingError: from the generator: training and serving forward differ, three steps in a row were not finite, or
+            the weights to be published have no finite held-out NLL where the base has one.
     """
     return _Run(spec, loaded).slices()
 
@@ -290,8 +290,8 @@ class _Run:
                 yield self._warning("NO_IMPROVEMENT", message + "are the weights that the run began with")
         if nll is not None and not math.isfinite(nll) and state.base_nll is not None and math.isfinite(state.base_nll):
             raise TrainingError(
-                f"the held-out NLL of the weights after step {state.step} is {nll}, so they are not published; they are in "
-                f"{self._checkpoints.path(state.step)}",
+                f"the held-out NLL of the weights after step {state.step} is {nll}, so they are not published, but "
+                f"lie in {self._checkpoints.path(state.step)}",
                 reason="NON_FINITE",
             )
         kl, version = None, None
