@@ -290,8 +290,8 @@ class _Run:
                 yield self._warning("NO_IMPROVEMENT", message + "are the weights that the run began with")
         if nll is not None and not math.isfinite(nll) and state.base_nll is not None and math.isfinite(state.base_nll):
             raise TrainingError(
-                f"the held-out NLL of the weights after step {state.step} is {nll}, so they are not published; they lie "
-                f"in {self._checkpoints.path(state.step)}",
+                f"the held-out NLL of the weights after step {state.step} is {nll}, so they are not published; they "
+                f"are in {self._checkpoints.path(state.step)}",
                 reason="NON_FINITE",
             )
         kl, version = None, None

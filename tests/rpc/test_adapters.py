@@ -107,8 +107,8 @@ def test_an_adapter_is_renamed_under_a_request(client: Client) -> None:
 
 
 def test_no_prefix_of_the_old_name_is_served(client: Client) -> None:
-    """Blocks go by the weights that act, not by the name: after a rename the same prompt finds those of its own weights,
-    and never those that were cached under the name before, in either direction."""
+    """Blocks go by the weights that act, not by the name: after a rename the same prompt finds those of its own
+    weights, and never those that were cached under the name before, in either direction."""
     prompt = "a prompt of many blocks, so that there is something to share. " * 3
     options: dict[str, Any] = {"model": MODEL, "temperature": 0.0, "max_tokens": 24, "ignore_eos": True}
     train(client, "swap-a", rank=4, max_steps=3, learning_rate=5e-2)
