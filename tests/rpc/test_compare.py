@@ -50,7 +50,7 @@ def client(rpc_server: ServerProcess, tiny_llama: Path, tmp_path_factory: pytest
 def test_side_by_side_is_one_by_one(client: Client, rpc_server: ServerProcess) -> None:
     """Each reply is that of a call of its own. What the same weights have computed is found: the base's by an adapter
     that does nothing, a version's under its other name, each within the one comparison."""
-    prompt = "Once upon a time there was a comparison of many words. " * 2
+    prompt = "Side by side, once upon a time, there was a comparison of many words. " * 2  # no other test's begins so
     replies = client.compare(
         prompt, model=MODEL, adapters=[None, "ab-fresh", ("ab-tone", 1), "ab-copy", "ab-tone"], **OPTIONS
     )

@@ -226,8 +226,9 @@ def wait_for(condition: Any, seconds: float = 20.0) -> None:
 
 
 def test_a_cancel_frees_what_the_request_held(stubs: Stubs, rpc_server: ServerProcess) -> None:
-    calls = [
-        stubs.generation.Generate(request("y" * 16, max_tokens=480, temperature=1.0), timeout=TIMEOUT) for _ in range(4)
+    calls = [  # sixteen completions each, so that none is done before it is cancelled
+        stubs.generation.Generate(request("y" * 16, max_tokens=480, n=16, temperature=1.0), timeout=TIMEOUT)
+        for _ in range(4)
     ]
     for call in calls:
         assert next(iter(call)).WhichOneof("event") == "started"

@@ -64,7 +64,7 @@ def test_every_call_needs_the_token(start_server: Callable[..., ServerProcess], 
     server = start_server("--auth-token-file", str(file))
     stubs = Stubs(server.address)
     methods = every_method()
-    assert len(methods) == 24
+    assert len(methods) == 28
     for path, method in methods:
         for metadata in ((), (("authorization", "Bearer wrong"),), (("authorization", "right"),)):
             with fails(UNAUTHENTICATED, reason="UNAUTHENTICATED"):
