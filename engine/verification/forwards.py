@@ -105,6 +105,25 @@ def stepwise_decode(loaded: LoadedModel, sequences: Sequence[Sequence[int]], ran
 
 
 @torch.no_grad()
+def stored_blocks(loaded: LoadedModel, stored: LoadedModel, sequences: Sequence[Sequence[int]]) -> Measured:
+    """The model whose weights stay as a GGUF file has them, which is the one that serves, against the one that has them
+    wide: many rows at a time, and one."""
+    wide, kept = loaded.causal_lm(), stored.causal_lm()
+    first = list(sequences[0][:MAX_STEPS])
+    difference, largest = 0.0, 0.0
+    for ids, size in ((list(sequences[0]), len(sequences[0])), (first, 1)):
+        rows = max(1, LOGITS_CHUNK_BYTES // (4 * wide.config.vocab_size))
+        parts = (torch.split(_cached(model, [ids], None, size), rows) for model in (wide, kept))
+        for a, b in zip(*parts, strict=True):
+            expected = wide.compute_logits(a)
+            # Written so that NaN stays.
+            found = torch.stack([(kept.compute_logits(b) - expected).abs().amax(), expected.abs().amax()])
+            worst = torch.maximum(found.double(), torch.tensor([difference, largest], dtype=torch.float64))
+            difference, largest = float(worst[0]), float(worst[1])
+    return _judged(difference, largest, f"{stored.info.quantization}; {len(sequences[0])} rows, and {len(first)} steps")
+
+
+@torch.no_grad()
 def _whole(model: CausalLM, sequences: Sequence[Sequence[int]], adapter: Adapter) -> Tensor:
     """Hidden states [T, D]."""
     lengths = [len(ids) for ids in sequences]
@@ -113,7 +132,7 @@ def _whole(model: CausalLM, sequences: Sequence[Sequence[int]], adapter: Adapter
     return hidden
 
 
-def _cached(model: CausalLM, sequences: Sequence[Sequence[int]], adapter: Adapter, size: int) -> Tensor:
+def _cached(model: CausalLM, sequences: Sequence[Sequence[int]], adapter: Adapter | None, size: int) -> Tensor:
     """The same, from chunks of that many tokens."""
     parts: list[list[Tensor]] = [[] for _ in sequences]
     for states in chunked_hidden(model, sequences, max_tokens=size, adapter=adapter):

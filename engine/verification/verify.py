@@ -25,11 +25,13 @@ from engine.quantization.base import scheme_map
 from engine.training.seeds import derive_seed
 from engine.verification.figures import Figure, Group, Measured, Unmeasurable
 from engine.verification.first_layers import FirstLayers
-from engine.verification.forwards import CHECKS
+from engine.verification.forwards import CHECKS, stored_blocks
 from engine.verification.functions import FUNCTIONS, FunctionCase
 from engine.verification.gradients import TOLERANCE, check_gradients
 from engine.verification.layers import Recorder, decoder_layers, first_of_each_kind, layer_problem
 from engine.verification.reference import compare_forward, compare_gradients, load_reference
+
+STORED_BLOCKS = "logits of weights as the file has them = of wide ones"
 
 SHARES = (0.6, 0.3, 0.1)
 """Of the tokens, per sequence."""
@@ -63,14 +65,16 @@ class VerifyParams:
     seed: int = 0
 
 
-def open_for_verification(path: Path, num_layers: int | None) -> Checkpoint:
+def open_for_verification(path: Path, num_layers: int | None, *, keep_blocks: bool = False) -> Checkpoint:
     """The checkpoint, or its first layers.
 
+    Args:
+        keep_blocks: see open_checkpoint.
     Raises:
         NotFoundError: there is nothing at the path.
         InvalidArgumentError: malformed, of an unsupported kind, or without so many layers.
     """
-    checkpoint = open_checkpoint(path)
+    checkpoint = open_checkpoint(path, keep_blocks=keep_blocks)
     return checkpoint if num_layers is None else FirstLayers(checkpoint, num_layers)
 
 
@@ -113,6 +117,11 @@ def verify(params: VerifyParams) -> Iterator[Figure]:
         sequences.append(list(params.token_ids[begin : begin + length]))
         begin += length
     yield from _forwards(loaded, sequences, params)
+    stored = open_for_verification(params.path, params.num_layers, keep_blocks=True)
+    if checkpoint.config.quantization_config is None and stored.config.quantization_config is not None:
+        kept = load_checkpoint("stored", stored, config, torch.device("cpu"), torch.float32)
+        yield _figure("b", STORED_BLOCKS, partial(stored_blocks, loaded, kept, sequences))
+        del kept
     yield from _gradients(loaded, sequences, params)
     yield from _against_transformers(loaded, checkpoint, sequences, params, room)
 

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
 import torch
 from click.testing import CliRunner, Result
@@ -19,6 +20,7 @@ from engine.jobs import QuantizeSpec
 from server.__main__ import main
 from tests.engine.test_quantize_job import CONFIG
 from tests.tiny import save_tiny_llama
+from tests.unit.loading_files import llama_metadata, llama_tensors, write_gguf
 
 OPTIONS = ["--num-threads", "1", "--tokens", "60", "--json"]
 GROUPS = "abcd"
@@ -139,6 +141,24 @@ def test_a_quantized_model(tmp_path: Path) -> None:
     assert "passed" in result.stdout
     last = result.stdout.strip().splitlines()[-1]
     assert last.startswith(f"{found['passed']} passed, 0 failed, 3 skipped. Not run: (a) (d) the model is quantized")
+
+
+def test_blocks_of_a_gguf_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What serves is compared with what all other figures are of; a scheme that reads its blocks wrongly fails."""
+    from engine.quantization.gguf import GGUFBlocks
+
+    tensors = llama_tensors()
+    types = {name: gguf.GGMLQuantizationType.Q4_1 for name, t in tensors.items() if t.ndim == 2}
+    path = write_gguf(tmp_path / "m.gguf", tensors, "llama", llama_metadata(), types)
+    name = "b logits of weights as the file has them = of wide ones"
+    # transformers needs a tokenizer in the file to read it at all.
+    assert name in by_status(report(run(path, *OPTIONS), 0), "passed")
+
+    def wrong(self: GGUFBlocks, module: torch.nn.Module, x: Tensor) -> Tensor:
+        return 1.001 * x @ self.dequantize(module).T
+
+    monkeypatch.setattr(GGUFBlocks, "apply", wrong)
+    assert by_status(report(run(path, *OPTIONS), 1), "failed") == [name]
 
 
 def test_without_transformers_and_peft(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
