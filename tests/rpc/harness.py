@@ -84,14 +84,16 @@ class ServerProcess:
             return error.code, error.read().decode()
 
     def metric(self, name: str, **labels: str) -> float | None:
-        """One sample of a scrape; None if it is not there."""
+        """Sum of a scrape's samples that have these labels, whatever their others are; None if there is none."""
         from prometheus_client.parser import text_string_to_metric_families
 
-        for family in text_string_to_metric_families(self.get("/metrics")[1]):
-            for sample in family.samples:
-                if sample.name == name and labels.items() <= sample.labels.items():
-                    return sample.value
-        return None
+        values = [
+            sample.value
+            for family in text_string_to_metric_families(self.get("/metrics")[1])
+            for sample in family.samples
+            if sample.name == name and labels.items() <= sample.labels.items()
+        ]
+        return sum(values) if values else None
 
     def worker_pid(self) -> int:
         """The process id of the one worker."""
