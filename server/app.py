@@ -29,7 +29,7 @@ from server.admission import Admission
 from server.config import ServerConfig, read_file
 from server.health import Health
 from server.http import HttpServer
-from server.interceptors import CallInterceptor, authenticated, recorded, translated
+from server.interceptors import CallInterceptor, answered, authenticated, recorded, translated
 from server.metrics import Metrics
 from server.models import ModelRegistry
 from server.run_manager import RunManager
@@ -172,8 +172,9 @@ class App:
 
     def _grpc_server(self) -> grpc.aio.Server:
         config = self.config
+        layers = answered(), recorded(self.metrics), translated(), authenticated(self._token)
         server = grpc.aio.server(
-            interceptors=[CallInterceptor(recorded(self.metrics), translated(), authenticated(self._token))],
+            interceptors=[CallInterceptor(*layers)],
             options=[
                 ("grpc.so_reuseport", 0),  # a second server on the port must fail, not take half of its calls
                 ("grpc.max_receive_message_length", config.max_message_bytes),

@@ -64,9 +64,14 @@ class _Status(collections.namedtuple("_Status", ("code", "details", "trailing_me
     """What ``ServicerContext.abort_with_status`` takes."""
 
 
+def status_code(error: EngineError) -> grpc.StatusCode:
+    """The gRPC status of an error."""
+    return STATUS_BY_CODE.get(error.code, grpc.StatusCode.INTERNAL)
+
+
 def to_rpc_status(error: EngineError, request_id: str) -> Status:
     """The google.rpc.Status of an error."""
-    code = STATUS_BY_CODE.get(error.code, grpc.StatusCode.INTERNAL)
+    code = status_code(error)
     message = _shortened(error.message)
     info = ErrorInfo(reason=error.reason, domain=DOMAIN, metadata={"request_id": request_id})
     details: list[Message] = [info]
@@ -92,7 +97,7 @@ def to_grpc_status(error: EngineError, request_id: str) -> grpc.Status:
     """The status that a handler aborts with: code, message, details and the request id in the trailing metadata."""
     status = to_rpc_status(error, request_id)
     trailing = (("grpc-status-details-bin", status.SerializeToString()), ("x-request-id", request_id))
-    return _Status(STATUS_BY_CODE.get(error.code, grpc.StatusCode.INTERNAL), status.message, trailing)
+    return _Status(status_code(error), status.message, trailing)
 
 
 def error_from_code(code: str, message: str, reason: str = "", field: str = "") -> EngineError:
@@ -127,6 +132,7 @@ __all__ = [
     "UnauthenticatedError",
     "error_from_code",
     "over_limit",
+    "status_code",
     "to_grpc_status",
     "to_rpc_status",
 ]

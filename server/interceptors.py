@@ -18,7 +18,7 @@ import grpc
 from google.protobuf.message import DecodeError
 
 from engine.errors import EngineError, InternalError, InvalidArgumentError, OutOfRangeError
-from server.errors import DeadlineExceededError, UnauthenticatedError, to_grpc_status
+from server.errors import DeadlineExceededError, UnauthenticatedError, status_code, to_grpc_status
 from server.metrics import Metrics
 from server.rpc import REQUEST_ID_KEY, Call, Context, enter_call, new_request_id, validate_request_id
 
@@ -145,17 +145,23 @@ def metadata_value(context: Context, key: str) -> str:
 
 
 def recorded(metrics: Metrics) -> Layer:
-    """Counts and times the call, and logs one line with its outcome."""
+    """Counts and times the call, and logs one line with its outcome, before the caller has its status: who has seen a
+    refusal finds it counted."""
 
     @asynccontextmanager
     async def layer(call: Call, context: Context) -> AsyncIterator[None]:
         code = "OK"
         try:
             yield
-        except grpc.aio.AbortError:
-            code = _code_name(context)
-            if call.notes.get("reason") == OutOfRangeError.default_reason:
+        except EngineError as error:
+            code = status_code(error).name
+            call.notes.setdefault("reason", error.reason)
+            call.notes.setdefault("error", error.message)
+            if error.reason == OutOfRangeError.default_reason:
                 metrics.admission_rejections_total.labels("size").inc()
+            raise
+        except grpc.aio.AbortError:  # of a servicer that is not ours
+            code = _code_name(context)
             raise
         except (asyncio.CancelledError, GeneratorExit):
             code = "CANCELLED"
@@ -190,29 +196,37 @@ def _code_name(context: Context) -> str:
     return next((status.name for status in grpc.StatusCode if status.value[0] == code), "UNKNOWN")
 
 
-def translated() -> Layer:
-    """Turns what a handler raises into a status with details; what nobody foresaw becomes INTERNAL, and is logged."""
+def answered() -> Layer:
+    """Ends the call with the status, details included, of the EngineError that comes out of it."""
 
     @asynccontextmanager
     async def layer(call: Call, context: Context) -> AsyncIterator[None]:
         try:
             yield
         except EngineError as error:
-            call.notes.setdefault("reason", error.reason)
-            call.notes.setdefault("error", error.message)
+            await context.abort_with_status(to_grpc_status(error, call.request_id))
+
+    return layer
+
+
+def translated() -> Layer:
+    """Turns whatever a handler raises into an EngineError; what nobody foresaw becomes INTERNAL, and is logged."""
+
+    @asynccontextmanager
+    async def layer(call: Call, context: Context) -> AsyncIterator[None]:
+        try:
+            yield
+        except EngineError as error:
             if error.code == "internal":
                 logger.error("%s failed: %s", call.method, error, extra={"request_id": call.request_id})
-            await context.abort_with_status(to_grpc_status(error, call.request_id))
+            raise
         except (grpc.aio.AbortError, asyncio.CancelledError, GeneratorExit):
             raise
-        except TimeoutError:
-            late = DeadlineExceededError("the deadline of the call has passed")
-            await context.abort_with_status(to_grpc_status(late, call.request_id))
-        except Exception:
+        except TimeoutError as error:
+            raise DeadlineExceededError("the deadline of the call has passed") from error
+        except Exception as error:
             logger.exception("%s failed", call.method, extra={"request_id": call.request_id})
-            hidden = InternalError("the server failed on this request; its log has more under the request id")
-            call.notes.setdefault("reason", hidden.reason)
-            await context.abort_with_status(to_grpc_status(hidden, call.request_id))
+            raise InternalError("the server failed on this request; its log has more under the request id") from error
 
     return layer
 
