@@ -55,7 +55,7 @@ class Unquantized(LinearScheme):
 
     def apply(self, module: nn.Module, x: Tensor) -> Tensor:
         weight = module.get_parameter("weight")
-        if cpu.takes(x) and (packed := cpu.packed(module, cpu.StoredWeight(weight))) is not None:
+        if cpu.takes(x) and (packed := cpu.packed(module, weight, lambda: cpu.StoredWeight(weight))) is not None:
             return packed.linear(x)
         return linear(x, weight)
 

@@ -35,7 +35,10 @@ class GGUFBlocks(LinearScheme):
     def create_parameters(self, module: nn.Module, in_features: int, out_features: int, dtype: torch.dtype) -> None:
         block = self.block
         if in_features % block.block_size:
-            raise FormatError(f"module {module.name} has {in_features} inputs; {block.name} has blocks of 32 or 256")
+            raise FormatError(
+                f"module {module.name} has {in_features} inputs; accepted for {block.name}: a multiple of "
+                f"{block.block_size}"
+            )
         shape = (out_features, in_features // block.group_size)
         scales = torch.float16 if block.half_scales else torch.float32
         tensors = {
@@ -69,9 +72,9 @@ class GGUFBlocks(LinearScheme):
         return module.get_parameter("weight_q"), module.get_parameter("weight_scale"), offset
 
     def _packed(self, module: nn.Module) -> cpu.PackedWeights | None:
-        values, scale, offset = (None if t is None else t.data for t in self._stored(module))
-        assert values is not None
-        return cpu.packed(module, cpu.StoredWeight(values, scale, None, offset, shift=self.block.zero_point))
+        values, scale, offset = self._stored(module)
+        shift = self.block.zero_point
+        return cpu.packed(module, values, lambda: cpu.StoredWeight(values, scale, offsets=offset, shift=shift))
 
     def _rows(self, module: nn.Module, packed: cpu.PackedWeights | None) -> WeightRows:
         values, scale, offset = self._stored(module)

@@ -66,11 +66,9 @@ class Int4Grouped(LinearScheme):
         packed, scale = module.get_parameter("weight_packed").data, module.get_parameter("weight_scale").data
         zero: Tensor | None = None
         if not self.symmetric:
-            zero = unpack_outputs(module.get_parameter("weight_zero_point").data, scale.shape[0], 4)
+            zero = unpack_outputs(module.get_parameter("weight_zero_point").data, scale.shape[0], 4).to(scale.dtype)
             del module.weight_zero_point
             module.register_buffer("zero_point", zero, persistent=False)
-        if zero is not None and packed.device.type == "cpu":
-            module.register_buffer("kernel_zero", zero.to(scale.dtype), persistent=False)
         if packed.device.type != "cpu" or self._packed(module) is not None:
             return
         unpacked = unpack_int4(packed, scale.shape[1] * self.group_size)
@@ -87,8 +85,8 @@ class Int4Grouped(LinearScheme):
         words = module._parameters.get("weight_packed")
         if words is None:
             return None
-        scale, zero = module.get_parameter("weight_scale"), module._buffers.get("kernel_zero")
-        return cpu.packed(module, cpu.StoredWeight(words.data.view(torch.uint8), scale, zero))
+        scale, zero = module.get_parameter("weight_scale"), module._buffers.get("zero_point")
+        return cpu.packed(module, words, lambda: cpu.StoredWeight(words.view(torch.uint8), scale, zero))
 
     def apply(self, module: nn.Module, x: Tensor) -> Tensor:
         if cpu.takes(x, cpu.MAX_ROWS_OF_INTEGERS) and (packed := self._packed(module)) is not None:
@@ -147,10 +145,10 @@ def _for_kernel(values: Tensor, scale: Tensor, zero: Tensor | None) -> tuple[Ten
     """The layout of torch's CPU kernel, which computes (u - 8) * scale + offset with u = q + 8.
 
     Args:
-        values: q [O, I] int8; scale: [O, G]; zero: [O, G] int8 or None.
+        values: q [O, I] int8; scale: [O, G]; zero: [O, G] in the type of the scale, or None.
 
     Returns: packed values, and [G, O, 2] of scale and offset in the type of the scale.
     """
     kernel = torch.ops.aten._convert_weight_to_int4pack_for_cpu(values.to(torch.int32) + 8, 1)
-    offset = torch.zeros_like(scale) if zero is None else -zero.to(scale.dtype) * scale
+    offset = torch.zeros_like(scale) if zero is None else -zero * scale
     return kernel, torch.stack([scale.T, offset.T], dim=-1).contiguous()

@@ -61,7 +61,7 @@ class Int8PerChannel(LinearScheme):
 
     def apply(self, module: nn.Module, x: Tensor) -> Tensor:
         weight, scale = module.get_parameter("weight"), module.get_parameter("weight_scale")
-        packed = cpu.packed(module, cpu.StoredWeight(weight, scale))
+        packed = cpu.packed(module, weight, lambda: cpu.StoredWeight(weight, scale))
         if packed is not None and cpu.takes(x, cpu.MAX_ROWS_OF_INTEGERS):
             return packed.linear(x)
         num_rows = x.numel() // x.shape[-1]

@@ -12,6 +12,7 @@ import ctypes
 import logging
 import os
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
@@ -216,15 +217,18 @@ def takes(x: Tensor, max_rows: int = MAX_ROWS) -> bool:
     )
 
 
-def packed(module: Any, weight: StoredWeight) -> PackedWeights | None:
+def packed(module: Any, data: Tensor, stored: Callable[[], StoredWeight]) -> PackedWeights | None:
     """The module's weight as the kernels read it, made at first use and kept on the module; None where they cannot.
 
     Args:
         module: has ``in_features``. Its tensors may be replaced: the weight is then packed again.
+        data: that of the weight, by whose place a replaced one is known.
+        stored: the weight; called only where it is to be packed, since this runs for every product.
     """
     kept: PackedWeights | None = module.__dict__.get("_packed")
-    if kept is not None and kept.address == weight.data.data_ptr():
+    if kept is not None and kept.address == data.data_ptr():
         return kept
+    weight = stored()
     if not weight.is_supported(module.in_features):
         return None
     module.__dict__["_packed"] = made = PackedWeights([weight], module.in_features)
