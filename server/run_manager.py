@@ -314,8 +314,8 @@ class RunManager:
                 if isinstance(event, JobFailed) and self._is_interruption(event):
                     await self._end(run_id, live, "interrupted")
                     return
+                self._measure(live, event)  # type: ignore[arg-type]  # who reads the event finds it measured
                 await self._on_disk(self._archive.append, run_id, event)
-                self._measure(live, event)  # type: ignore[arg-type]
                 if isinstance(event, TrainPublished) and self.on_published is not None:
                     await self.on_published(live.model, live.adapter)
                 if isinstance(event, (TrainFinished, JobFailed)):

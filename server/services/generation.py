@@ -127,6 +127,7 @@ class _Generation:
         self._started: RequestOutput | None = None
         self._prompt_logprobs = generation_pb2.GenerateResponse()
         self._held: list[RequestOutput] = []
+        self._is_counted = False
 
     @property
     def _sampling(self) -> SamplingParams:
@@ -143,7 +144,9 @@ class _Generation:
                         await self._convert_prompt_logprobs(output)
                         for response in self._take(output):
                             yield response
-            yield self._finished()
+            finished = self._finished()
+            self._count(outcome)  # before the caller has it: who has seen the end finds it counted
+            yield finished
         except EngineError as error:
             outcome = "cancelled" if isinstance(error, CancelledError) else "error"
             if isinstance(error, OverloadedError) and error.reason == "QUEUE_FULL":
@@ -251,7 +254,10 @@ class _Generation:
         return result
 
     def _count(self, outcome: str) -> None:
-        """Counts the request. An adapter is a label only once the engine has found it: callers name no labels."""
+        """Counts the request, once. An adapter is a label only once the engine has found it: callers name no labels."""
+        if self._is_counted:
+            return
+        self._is_counted = True
         metrics, model = self._services.metrics, self._model.name
         adapter = (self._request.adapter or "") if self._started is not None else ""
         if self._started is not None:

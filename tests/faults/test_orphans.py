@@ -50,7 +50,7 @@ async def test_a_worker_dies_with_its_parent(tiny_llama: Path, tmp_path: Path, s
         assert alive(worker)
         parent.send_signal(signal.SIGKILL)
         await parent.wait()
-        await until(lambda: not alive(worker), 10)
+        await until(lambda: not alive(worker))
     finally:
         if parent.returncode is None:
             parent.kill()

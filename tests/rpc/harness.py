@@ -8,9 +8,10 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,18 @@ from whet.v1 import (
 
 ROOT = Path(__file__).resolve().parents[2]
 START_SECONDS = 90
+
+
+def wait_for(condition: Callable[[], object], seconds: float = 60.0) -> None:
+    """Waits for a condition that no reply orders: what workers report, they report at an interval.
+
+    Raises:
+        AssertionError: it did not come true in time.
+    """
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"waited {seconds} s in vain"
+        time.sleep(0.05)
 
 
 class ServerProcess:
@@ -94,6 +107,19 @@ class ServerProcess:
             if sample.name == name and labels.items() <= sample.labels.items()
         ]
         return sum(values) if values else None
+
+    def calls(self, method: str, code: str) -> float:
+        """Calls of an RPC that ended with this status so far."""
+        return self.metric("whet_rpc_total", method=method, code=code) or 0.0
+
+    def wait_computing(self, model: str) -> None:
+        """Waits until a worker has reported that it computes requests: its earlier reports say nothing of them."""
+        wait_for(lambda: self.metric("whet_requests_running", model=model))
+
+    def wait_idle(self, model: str) -> None:
+        """Waits until the workers report neither a running nor a waiting request."""
+        names = ("whet_requests_running", "whet_requests_waiting")
+        wait_for(lambda: [self.metric(name, model=model) for name in names] == [0.0, 0.0])
 
     def worker_pid(self) -> int:
         """The process id of the one worker."""

@@ -206,8 +206,8 @@ def test_prune_keeps_what_runs_and_requests_need(client: Client) -> None:
     train(client, "need")
     for _ in range(3):
         client.adapt(EXAMPLES[:2], model=MODEL, adapter="need", learning_rate=1e-2)
-    stream = client.generate(
-        "x", model=MODEL, adapter="need", adapter_version=1, max_tokens=450, temperature=0.0, ignore_eos=True
+    stream = client.generate(  # sixty-four completions, so that it outlasts the start of the run
+        "x", model=MODEL, adapter="need", adapter_version=1, max_tokens=450, n=64, temperature=1.0, ignore_eos=True
     )
     next(stream)
     run = client.train(

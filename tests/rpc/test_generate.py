@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -12,7 +10,7 @@ import pytest
 
 from tests.rpc.calls import TIMEOUT, Reply, generate, request, text_prompt
 from tests.rpc.conftest import CONTEXT, EMBEDDER, MODEL
-from tests.rpc.harness import ServerProcess, Stubs, fails
+from tests.rpc.harness import ServerProcess, Stubs, fails, wait_for
 from tests.rpc.tiny_tokenizer import BYTE_OFFSET
 from whet.v1 import common_pb2, generation_pb2
 
@@ -218,11 +216,9 @@ def test_an_encoder_does_not_generate(stubs: Stubs) -> None:
         generate(stubs, model=EMBEDDER)
 
 
-def wait_for(condition: Any, seconds: float = 20.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.05)
+def cancelled(server: ServerProcess) -> float:
+    """Completions that their callers left."""
+    return server.metric("whet_requests_total", model=MODEL, finish_reason="cancelled") or 0.0
 
 
 def test_a_cancel_frees_what_the_request_held(stubs: Stubs, rpc_server: ServerProcess) -> None:
@@ -232,28 +228,27 @@ def test_a_cancel_frees_what_the_request_held(stubs: Stubs, rpc_server: ServerPr
     ]
     for call in calls:
         assert next(iter(call)).WhichOneof("event") == "started"
-    cancelled = rpc_server.metric("whet_requests_total", model=MODEL, finish_reason="cancelled") or 0.0
+    before = cancelled(rpc_server)
+    rpc_server.wait_computing(MODEL)
     for call in calls:
         call.cancel()
-    wait_for(lambda: rpc_server.metric("whet_requests_running", model=MODEL) == 0.0)
-    assert rpc_server.metric("whet_requests_waiting", model=MODEL) == 0.0
-    wait_for(
-        lambda: (rpc_server.metric("whet_requests_total", model=MODEL, finish_reason="cancelled") or 0) >= cancelled + 4
-    )
+    wait_for(lambda: cancelled(rpc_server) == before + 4 * 16)
+    rpc_server.wait_idle(MODEL)
 
 
 def test_a_deadline_stops_the_work(stubs: Stubs, rpc_server: ServerProcess) -> None:
+    before = cancelled(rpc_server)
+    call = stubs.generation.Generate(request("z" * 16, max_tokens=490, n=64, temperature=1.0), timeout=1.0)
     with pytest.raises(grpc.RpcError) as caught:
-        list(stubs.generation.Generate(request("z" * 16, max_tokens=490, n=16, temperature=1.0), timeout=0.15))
+        list(call)
     assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED  # type: ignore[attr-defined]
-    wait_for(lambda: rpc_server.metric("whet_requests_running", model=MODEL) == 0.0)
+    wait_for(lambda: cancelled(rpc_server) == before + 64)
+    rpc_server.wait_idle(MODEL)
 
 
 def test_slow_readers_do_not_hold_up_others(stubs: Stubs) -> None:
     slow = stubs.generation.Generate(request(max_tokens=400), timeout=TIMEOUT)
     next(iter(slow))
-    began = threading.Event()
-    began.set()
     assert len(generate(stubs, max_tokens=8).token_ids()) == 8
     slow.cancel()
 

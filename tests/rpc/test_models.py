@@ -7,7 +7,6 @@ import json
 import os
 import signal
 import threading
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,7 +17,7 @@ import pytest
 
 from tests.rpc.calls import TIMEOUT, generate, request, train
 from tests.rpc.conftest import EMBEDDER, MODEL
-from tests.rpc.harness import ServerProcess, Stubs, fails
+from tests.rpc.harness import ServerProcess, Stubs, fails, wait_for
 from tests.rpc.tiny_tokenizer import save_tiny_tokenizer
 from tests.tiny import save_tiny_hybrid
 from whet import Client
@@ -160,9 +159,11 @@ def test_an_unload_that_lost_its_caller_does_no_harm(start_server: Callable[...,
     os.kill(server.worker_pid(), signal.SIGSTOP)
     try:
         call = stubs.model.UnloadModel.future(model_pb2.UnloadModelRequest(name=MODEL), timeout=TIMEOUT)
-        time.sleep(0.5)
+        message = model_pb2.GetModelRequest(name=MODEL)
+        unloaded = model_pb2.MODEL_STATE_UNLOADED  # from the begin of the work on it
+        wait_for(lambda: stubs.model.GetModel(message, timeout=TIMEOUT).model.state == unloaded)
         call.cancel()
-        time.sleep(0.2)
+        wait_for(lambda: server.calls("UnloadModel", "CANCELLED"))
     finally:
         os.kill(server.worker_pid(), signal.SIGCONT)
     unloaded = stubs.model.UnloadModel(model_pb2.UnloadModelRequest(name=MODEL), timeout=TIMEOUT).model
@@ -361,7 +362,7 @@ def test_an_adapter_given_at_start_up_is_served(
     expected = generate(stubs, adapter=common_pb2.AdapterSelector(name=trained), max_tokens=24).token_ids()
     reply = generate(own, adapter=common_pb2.AdapterSelector(name="given"), max_tokens=24)
     assert reply.token_ids() == expected
-    assert server.metric("whet_adapter_info", model=MODEL, adapter="given") == 1.0
+    wait_for(lambda: server.metric("whet_adapter_info", model=MODEL, adapter="given") == 1.0)
     os.kill(server.worker_pid(), signal.SIGSTOP)  # busy for longer than a scrape waits
     try:
         assert server.metric("whet_adapter_info", model=MODEL, adapter="given") == 1.0
@@ -390,4 +391,4 @@ def test_recurrent_states_are_planned_with_the_blocks_and_told(
         assert reply.usage.completion_tokens == 4
     labels = {"model": "hybrid", "num_slots": str(info.num_slots), "num_blocks": str(info.num_blocks)}
     assert server.metric("whet_cache_config_info", **labels) == 1.0
-    assert server.metric("whet_state_slots_used", model="hybrid") == 0.0
+    wait_for(lambda: server.metric("whet_state_slots_used", model="hybrid") == 0.0)

@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import threading
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,17 +21,10 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from server.app import SERVICE_NAMES
 from tests.rpc.calls import TIMEOUT, Reply, generate, request, train_messages
 from tests.rpc.conftest import EMBEDDER, MODEL
-from tests.rpc.harness import ServerProcess, Stubs, fails
+from tests.rpc.harness import ServerProcess, Stubs, fails, wait_for
 from whet.v1 import model_pb2
 
 UNAUTHENTICATED = grpc.StatusCode.UNAUTHENTICATED
-
-
-def wait_for(condition: Callable[[], Any], seconds: float = 20.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.05)
 
 
 # ----------------------------------------------------------------------------------------------------- authentication
@@ -223,7 +215,7 @@ def test_a_full_server_says_when_to_come_back_and_stays_healthy(start_server: Ca
     assert stubs.is_serving()
     assert server.metric("whet_admission_rejections_total", reason="queue_full") == 1.0
     stream.cancel()
-    wait_for(lambda: server.metric("whet_requests_running", model=MODEL) == 0.0)
+    wait_for(lambda: server.calls("Generate", "CANCELLED"))  # counted once its places are free
     generate(stubs)
     stubs.close()
 
@@ -259,7 +251,7 @@ def test_a_message_over_the_limit_is_refused(start_server: Callable[..., ServerP
 def test_a_drain_lets_streams_finish_and_takes_no_new_work(start_server: Callable[..., ServerProcess]) -> None:
     server = start_server("--drain-seconds", "20")
     stubs = Stubs(server.address)
-    stream = stubs.generation.Generate(request(max_tokens=480, n=4, temperature=1.0), timeout=TIMEOUT)
+    stream = stubs.generation.Generate(request(max_tokens=480, n=16, temperature=1.0), timeout=TIMEOUT)
     events = [next(iter(stream))]
     server.process.send_signal(signal.SIGTERM)
     wait_for(lambda: not stubs.is_serving(f"model/{MODEL}"))
@@ -269,7 +261,7 @@ def test_a_drain_lets_streams_finish_and_takes_no_new_work(start_server: Callabl
         generate(stubs)
     stubs.model.ListModels(model_pb2.ListModelsRequest(), timeout=TIMEOUT)  # reading is no work
     reply = Reply([*events, *stream])
-    assert reply.finished.usage.completion_tokens == 4 * 480
+    assert reply.finished.usage.completion_tokens == 16 * 480
     assert server.process.wait(30) == 0
     stubs.close()
 
@@ -294,10 +286,8 @@ def test_a_second_signal_ends_it_at_once(start_server: Callable[..., ServerProce
     next(iter(stream))
     server.process.send_signal(signal.SIGINT)
     wait_for(lambda: not stubs.is_serving(f"model/{MODEL}"))
-    began = time.monotonic()
     server.process.send_signal(signal.SIGINT)
-    assert server.process.wait(10) == 128 + signal.SIGINT
-    assert time.monotonic() - began < 5
+    assert server.process.wait(30) == 128 + signal.SIGINT  # half of the time that the first one leaves
     wait_for(lambda: not Path(f"/proc/{worker}/cmdline").exists())
     stream.cancel()
     stubs.close()
@@ -477,5 +467,8 @@ def test_a_caller_that_vanishes_leaves_nothing_behind(stubs: Stubs, rpc_server: 
     own = Stubs(rpc_server.address)
     stream = own.generation.Generate(request(max_tokens=490, n=8, temperature=1.0), timeout=TIMEOUT)
     next(iter(stream))
+    rpc_server.wait_computing(MODEL)
+    before = rpc_server.calls("Generate", "CANCELLED")
     threading.Thread(target=own.close).start()
-    wait_for(lambda: rpc_server.metric("whet_requests_running", model=MODEL) == 0.0)
+    wait_for(lambda: rpc_server.calls("Generate", "CANCELLED") == before + 1)
+    rpc_server.wait_idle(MODEL)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
 
 from tests.rpc.calls import generate
 from tests.rpc.conftest import MODEL
-from tests.rpc.harness import ServerProcess, Stubs
+from tests.rpc.harness import ServerProcess, Stubs, running_server, wait_for
 from whet.v1 import generation_pb2
 
 HISTOGRAMS = (
@@ -17,22 +20,27 @@ HISTOGRAMS = (
 )
 
 
-def counts(server: ServerProcess) -> list[float]:
-    """Observations so far, of each histogram."""
-    return [server.metric(f"whet_{name}_count", model=MODEL) or 0.0 for name in HISTOGRAMS]
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Iterator[ServerProcess]:
+    """A server that no other test asks, so that what it has observed is known exactly."""
+    state = tmp_path_factory.mktemp("stop-strings") / "state"
+    with running_server(state, "--model", f"{MODEL}={tiny_llama}") as started:
+        yield started
 
 
-def settled(server: ServerProcess) -> list[float]:
-    """The same, once what was observed before is here: workers report twice a second."""
-    time.sleep(1.5)
-    return counts(server)
+@pytest.fixture(scope="module")
+def stubs(server: ServerProcess) -> Iterator[Stubs]:
+    """Stubs of that server."""
+    made = Stubs(server.address)
+    yield made
+    made.close()
 
 
-def test_a_stop_string_has_all_timings_and_is_observed_once(stubs: Stubs, rpc_server: ServerProcess) -> None:
+def test_a_stop_string_has_all_timings_and_is_observed_once(stubs: Stubs, server: ServerProcess) -> None:
+    """A worker reports in the order of events: when the last request's observation is here, so are all before it."""
     whole = generate(stubs, max_tokens=24)
     middle, end = whole.text()[10:12], whole.text()[-2:]
     for stop in (middle, end):  # the second ends with the token that max_tokens ends it at
-        before = settled(rpc_server)
         reply = generate(stubs, max_tokens=24, stop=[stop])
         [completion] = reply.finished.completions
         assert completion.finish_reason == generation_pb2.FINISH_REASON_STOP
@@ -40,10 +48,19 @@ def test_a_stop_string_has_all_timings_and_is_observed_once(stubs: Stubs, rpc_se
         for timings in (completion.timings, reply.finished.timings):
             for field in ("queue", "prefill", "decode", "time_to_first_token", "total"):
                 assert timings.HasField(field), field
-        assert settled(rpc_server) == [count + 1 for count in before]
+    generate(stubs, "the last one", max_tokens=1)
+
+    def counts() -> set[float]:
+        return {server.metric(f"whet_{name}_count", model=MODEL) or 0.0 for name in HISTOGRAMS}
+
+    def last_is_here() -> bool:
+        return (server.metric("whet_request_prompt_tokens_sum", model=MODEL) or 0.0) >= 3 * 16 + len("the last one")
+
+    wait_for(last_is_here)
+    assert counts() == {4.0}
 
 
-def test_one_of_several_completions_stops_and_frees_the_engine(stubs: Stubs, rpc_server: ServerProcess) -> None:
+def test_one_of_several_completions_stops_and_frees_the_engine(stubs: Stubs) -> None:
     """The one that a stop string ended takes less time than its siblings."""
     fields = {"n": 4, "temperature": 1.0, "seed": 3, "max_tokens": 300}
     texts = [generate(stubs, **fields).text(index) for index in range(4)]

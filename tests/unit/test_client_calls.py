@@ -223,11 +223,10 @@ def test_overload_is_retried_only_with_and_after_the_servers_delay(server: WireS
 def test_no_retry_is_begun_that_the_deadline_would_not_let_end(server: WireServer, client: Client) -> None:
     overloaded = grpc.StatusCode.RESOURCE_EXHAUSTED
     server.on("GetModel", lambda _, context: failure(context, overloaded, retry_seconds=30.0))
-    began = time.monotonic()
-    with pytest.raises(whet.OverloadedError) as raised:
+    with pytest.raises(whet.OverloadedError) as raised:  # and not, after the wait, of the deadline
         client.model("m", timeout=2.0)
-    assert time.monotonic() - began < 2.0
     assert raised.value.retry_after == 30.0
+    assert len(server.calls) == 1
 
 
 def test_a_stream_is_retried_before_its_first_message_only(server: WireServer, client: Client) -> None:
@@ -380,13 +379,14 @@ def test_asyncio_close_with_break_and_task_cancellation_cancel_the_call(server: 
         async for _ in aio.generate("x", model="m"):
             break
         task = asyncio.create_task(aio.complete("x", model="m"))
-        await asyncio.sleep(0.1)
+        while len(server.calls) < 4:
+            await asyncio.sleep(0.01)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
         assert len(server.calls) == 4
         for call in server.calls:
-            assert await asyncio.to_thread(call.cancelled.wait, 5)
+            assert await asyncio.to_thread(call.cancelled.wait, 60)
 
     _async(server, use)
 

@@ -56,6 +56,13 @@ def start(runs: RunManager, tmp_path: Path, *, cancel_with_caller: bool) -> asyn
     )  # fmt: skip
 
 
+async def ended(runs: RunManager) -> None:
+    """Waits for the end of the run."""
+    async with asyncio.timeout(60):
+        while runs.is_live("r"):
+            await asyncio.sleep(0.005)
+
+
 async def left_while_starting(tmp_path: Path, *, cancel_with_caller: bool) -> str:
     """State of a run whose caller leaves before a worker has accepted it."""
     pool = Pool()
@@ -67,10 +74,10 @@ async def left_while_starting(tmp_path: Path, *, cancel_with_caller: bool) -> st
     pool.accepts.set()
     with contextlib.suppress(asyncio.CancelledError):
         await task
-    for _ in range(200):
-        if cancel_with_caller and not runs.is_live("r"):
-            break
-        await asyncio.sleep(0.005 if cancel_with_caller else 0.001)
+    if cancel_with_caller:
+        await ended(runs)
+    else:
+        await asyncio.sleep(0.2)
     state = (await runs.get("r")).state
     await runs.close(1.0)
     return state
@@ -97,10 +104,7 @@ def test_a_run_is_cancelled_before_a_worker_has_it(tmp_path: Path) -> None:
         await runs.cancel("r")
         with contextlib.suppress(CancelledError):
             await task
-        for _ in range(200):
-            if not runs.is_live("r"):
-                break
-            await asyncio.sleep(0.005)
+        await ended(runs)
         state = (await runs.get("r")).state
         await runs.close(1.0)
         return state, list(pool.jobs)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from pathlib import Path
 
 import pytest
@@ -89,14 +88,13 @@ async def test_ids_are_counted_before_they_are_copied() -> None:
 async def test_tokenising_leaves_the_event_loop_free(smollm2: Tokenizer) -> None:
     """The library holds the interpreter lock in one of its calls; a second of text must not stop everything else."""
     text = "The quick brown fox jumps over the lazy dog. " * 12_000
-    worst = 0.0
+    turns = 0
     task = asyncio.create_task(encode(text, smollm2, len(text), 1 << 20, "text"))
     while not task.done():
-        began = time.perf_counter()
         await asyncio.sleep(0.002)
-        worst = max(worst, time.perf_counter() - began)
+        turns += 1
     assert len(await task) > 100_000
-    assert worst < 0.4
+    assert turns >= 10  # a hundred where nobody else wants the cores; two or three, were the lock held throughout
 
 
 @pytest.mark.parametrize("version", ["²", "9" * 5000, "-1", "", "1.0", "٣"])
