@@ -45,13 +45,7 @@ class Model(nn.Module, ABC):
 
     def lora_targets(self) -> dict[str, LinearLike]:
         """Full name to everything that adapters may target: those linears, and parameters of stacked experts."""
-        targets: dict[str, LinearLike] = {}
-        for module in self.modules():
-            if isinstance(module, Experts) and module.lora:
-                targets.update(module.lora_targets())
-            elif isinstance(module, Linear) and module.lora:
-                targets[module.name] = module
-        return targets
+        return lora_targets(self)
 
     @property
     def max_input_tokens(self) -> int:
@@ -62,6 +56,17 @@ class Model(nn.Module, ABC):
     def compute_dtype(self) -> torch.dtype:
         """Type of activations."""
         return next(p.dtype for p in self.parameters() if p.is_floating_point() and p.dim() == 1)
+
+
+def lora_targets(module: nn.Module) -> dict[str, LinearLike]:
+    """Of a model or a part of one: full name to everything that adapters may target, in order of depth."""
+    targets: dict[str, LinearLike] = {}
+    for child in module.modules():
+        if isinstance(child, Experts) and child.lora:
+            targets.update(child.lora_targets())
+        elif isinstance(child, Linear) and child.lora:
+            targets[child.name] = child
+    return targets
 
 
 class CausalLM(Model):

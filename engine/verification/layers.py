@@ -14,11 +14,9 @@ from torch import Tensor, nn
 
 from engine.config import ModelConfig
 from engine.context import packed_context
-from engine.layers.linear import Linear
-from engine.layers.moe import Experts
 from engine.lora.adapter import Adapter, LoRABatch
-from engine.lora.targets import LinearLike, StackedTarget
-from engine.models.base import CausalLM, Model
+from engine.lora.targets import StackedTarget
+from engine.models.base import CausalLM, Model, lora_targets
 from engine.training.seeds import derive_seed
 
 RANKS = (2, 1)
@@ -76,21 +74,10 @@ class LayerProblem:
         found = []
         for i, rank in enumerate(self.ranks):
             modules = {
-                name: (inputs[f"{i}.{name}.lora_A"], inputs[f"{i}.{name}.lora_B"]) for name in targets_of(self.layer)
+                name: (inputs[f"{i}.{name}.lora_A"], inputs[f"{i}.{name}.lora_B"]) for name in lora_targets(self.layer)
             }
             found.append(Adapter(name=str(i), version=1, rank=rank, alpha=ALPHA + i, modules=modules))
         return found
-
-
-def targets_of(layer: nn.Module) -> dict[str, LinearLike]:
-    """Full name to everything that adapters may target: linears, and parameters of stacked experts."""
-    targets: dict[str, LinearLike] = {}
-    for module in layer.modules():
-        if isinstance(module, Experts) and module.lora:
-            targets.update(module.lora_targets())
-        elif isinstance(module, Linear) and module.lora:
-            targets[module.name] = module
-    return targets
 
 
 def layer_problem(
@@ -118,7 +105,7 @@ def layer_problem(
         return torch.randn(*size, generator=generator, dtype=torch.float64)
 
     for i, rank in enumerate(ranks):
-        for name, target in targets_of(wide).items():
+        for name, target in lora_targets(wide).items():
             stacked = (target.num_experts,) if isinstance(target, StackedTarget) else ()
             inputs[f"{i}.{name}.lora_A"] = random(*stacked, rank, target.in_features) / target.in_features**0.5
             inputs[f"{i}.{name}.lora_B"] = 0.3 * random(*stacked, target.out_features, rank)
