@@ -39,7 +39,7 @@ from engine.jobs import (
     WeightedAdapter,
 )
 from engine.lora.combine import combine_adapters
-from engine.lora.peft import MAX_RANK
+from engine.lora.peft_config import MAX_RANK
 from engine.merge import merge
 from engine.names import validate_name
 from engine.ops import cpu

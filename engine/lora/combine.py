@@ -22,7 +22,7 @@ from engine.errors import InvalidArgumentError
 from engine.info import AdapterInfo, AdapterSource
 from engine.jobs import MAX_SOURCES, WeightedAdapter
 from engine.lora.adapter import Adapter
-from engine.lora.peft import MAX_RANK
+from engine.lora.peft_config import MAX_RANK
 from engine.lora.store import AdapterStore
 from engine.names import validate_name
 

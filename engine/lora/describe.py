@@ -12,7 +12,8 @@ from engine.errors import FormatError
 from engine.info import AdapterInfo
 from engine.lora.adapter import Adapter
 from engine.lora.lineage import Lineage, base_digest_of
-from engine.lora.peft import WEIGHTS_NAME, PeftConfig, adapted_targets, read_config
+from engine.lora.peft import WEIGHTS_NAME, adapted_targets
+from engine.lora.peft_config import PeftConfig, read_config
 from engine.lora.targets import LinearLike, kinds
 
 

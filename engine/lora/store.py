@@ -33,14 +33,8 @@ from engine.info import AdapterInfo, AdapterSource
 from engine.lora.adapter import Adapter
 from engine.lora.describe import describe_loaded, describe_stored
 from engine.lora.lineage import LINEAGE_NAME, Lineage, base_digest_of
-from engine.lora.peft import (
-    CONFIG_NAME,
-    WEIGHTS_NAME,
-    load_adapter,
-    save_adapter,
-    sync_file,
-    write_synced,
-)
+from engine.lora.peft import WEIGHTS_NAME, load_adapter, save_adapter, sync_file, write_synced
+from engine.lora.peft_config import CONFIG_NAME
 from engine.lora.targets import LinearLike
 from engine.lora.versions import AdapterState, FormerName, StoredVersions
 from engine.names import validate_name

@@ -11,7 +11,7 @@ from torch import nn
 from engine.errors import InvalidArgumentError
 from engine.jobs import LoRAParams
 from engine.lora.adapter import Adapter
-from engine.lora.peft import MAX_RANK
+from engine.lora.peft_config import MAX_RANK
 from engine.lora.targets import (
     LinearLike,
     StackedTarget,

@@ -16,7 +16,8 @@ from engine.core.loaded import LoadedModel
 from engine.errors import FailedPreconditionError, FormatError, InvalidArgumentError, OutOfRangeError
 from engine.jobs import TrainParams, TrainSpec
 from engine.lora.adapter import Adapter
-from engine.lora.peft import load_adapter, read_config
+from engine.lora.peft import load_adapter
+from engine.lora.peft_config import read_config
 from engine.training.checkpoint import Checkpoints, RunState
 from engine.training.dataset import Dataset
 from engine.training.lora_init import new_adapter, validate_lora

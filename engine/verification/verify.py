@@ -18,7 +18,7 @@ from engine.core.machine import free_bytes, usable_cores
 from engine.core.model_loader import load_checkpoint
 from engine.errors import EngineError, InvalidArgumentError, OutOfMemoryError
 from engine.loading import Checkpoint, open_checkpoint
-from engine.lora.peft import MAX_RANK
+from engine.lora.peft_config import MAX_RANK
 from engine.models.base import CausalLM, Model, build_model
 from engine.ops import cpu
 from engine.quantization.base import scheme_map

@@ -19,7 +19,8 @@ from engine.core.chunked import serving_logits
 from engine.core.loaded import LoadedModel
 from engine.errors import FormatError
 from engine.jobs import LoRAParams, TrainFinished, TrainStarted, TrainStep
-from engine.lora.peft import CONFIG_NAME, WEIGHTS_NAME, load_adapter, unstack
+from engine.lora.peft import WEIGHTS_NAME, load_adapter, unstack
+from engine.lora.peft_config import CONFIG_NAME
 from engine.lora.targets import stored_paths
 from engine.training.batching import BatchOrder, MicroBatch
 from engine.training.data import Examples

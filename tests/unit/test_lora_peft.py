@@ -15,14 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from engine.errors import EngineError, FormatError, NotFoundError, ShapeError
 from engine.lora.adapter import Adapter
-from engine.lora.peft import (
-    CONFIG_NAME,
-    WEIGHTS_NAME,
-    load_adapter,
-    parse_config,
-    read_config,
-    save_adapter,
-)
+from engine.lora.peft import WEIGHTS_NAME, load_adapter, save_adapter
+from engine.lora.peft_config import CONFIG_NAME, parse_config, read_config
 from engine.lora.targets import describe_targets
 
 
@@ -231,7 +225,7 @@ def test_files_over_the_limits(saved: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr("engine.lora.peft.MAX_WEIGHTS_BYTES", 10)
     with pytest.raises(FormatError, match="accepted: at most 10"):
         load(saved)
-    monkeypatch.setattr("engine.lora.peft.MAX_CONFIG_BYTES", 5)
+    monkeypatch.setattr("engine.lora.peft_config.MAX_CONFIG_BYTES", 5)
     with pytest.raises(FormatError, match="accepted: at most 5"):
         load(saved)
 
