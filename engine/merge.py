@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.core.loaded import LoadedModel
+from engine.durable import write_synced
 from engine.errors import FormatError, InvalidArgumentError
 from engine.info import AdapterSource, ModelInfo
 from engine.jobs import JobEvent, JobWarning, MergeFinished, MergeProgress, MergeSpec
@@ -40,7 +41,7 @@ from engine.models.base import build_model
 from engine.quantization.base import UNQUANTIZED, scheme_map
 from engine.quantization.export import write_config
 from engine.quantization.output import new_model, refuse_taken, save_companions
-from engine.quantization.safetensors_writer import SafetensorsWriter, TensorEntry, write_text
+from engine.quantization.safetensors_writer import SafetensorsWriter, TensorEntry
 from engine.quantization.source import named_tensors, open_source, read_stored, stored_dtype
 
 SLICE_ELEMENTS = 1 << 20
@@ -307,7 +308,7 @@ def _write_config(
     values = dict(config.raw)
     if values.pop("quantization_config", None) is not None or spec.dtype != "auto":
         _set_dtype(values, dtype)
-    write_text(directory / "config.json", json.dumps(values, indent=2, default=_plain) + "\n")
+    write_synced(directory / "config.json", json.dumps(values, indent=2, default=_plain) + "\n")
 
 
 def _set_dtype(values: dict[str, Any], dtype: str) -> None:
@@ -327,7 +328,7 @@ def _write_origin(directory: Path, loaded: LoadedModel, sources: Sequence[Adapte
         "base_digest": loaded.info.weights_digest,
         "adapters": [asdict(source) for source in sources],
     }
-    write_text(directory / MERGE_NAME, json.dumps(values, indent=2) + "\n")
+    write_synced(directory / MERGE_NAME, json.dumps(values, indent=2) + "\n")
 
 
 def _plain(value: object) -> object:

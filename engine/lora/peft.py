@@ -9,7 +9,6 @@ Source: github.com/huggingface/peft, ``get_peft_model_state_dict``.
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -20,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from engine.durable import sync, write_synced
 from engine.errors import EngineError, FormatError, NotFoundError, ShapeError
 from engine.lora.adapter import Adapter
 from engine.lora.peft_config import CONFIG_NAME, STACKED_SINCE, PeftConfig, dotted, read_config
@@ -268,24 +268,7 @@ def save_adapter(
         for factor, value in zip(("lora_A", "lora_B"), adapter.modules[name], strict=True):
             flat = stack(factor, value.detach()).to("cpu", torch.float32)
             tensors[f"{_PREFIX}{path}.{factor}.weight"] = flat.contiguous()
-    write_synced(directory / CONFIG_NAME, (json.dumps(values, indent=2) + "\n").encode())
+    write_synced(directory / CONFIG_NAME, json.dumps(values, indent=2) + "\n")
     metadata = {"format": "pt"} | ({BASE_DIGEST_KEY: base_digest} if base_digest else {})
     save_file(tensors, str(directory / WEIGHTS_NAME), metadata=metadata)
-    sync_file(directory / WEIGHTS_NAME)
-
-
-def write_synced(path: Path, data: bytes) -> None:
-    """Writes a file and waits until it is on the disk."""
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def sync_file(path: Path) -> None:
-    """Waits until a file, or the entries of a directory, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync(directory / WEIGHTS_NAME)

@@ -21,6 +21,7 @@ from typing import Protocol
 
 import torch
 
+from engine.durable import sync, write_synced
 from engine.errors import (
     AlreadyExistsError,
     EngineError,
@@ -33,7 +34,7 @@ from engine.info import AdapterInfo, AdapterSource
 from engine.lora.adapter import Adapter
 from engine.lora.describe import describe_loaded, describe_stored
 from engine.lora.lineage import LINEAGE_NAME, Lineage, base_digest_of
-from engine.lora.peft import WEIGHTS_NAME, load_adapter, save_adapter, sync_file, write_synced
+from engine.lora.peft import WEIGHTS_NAME, load_adapter, save_adapter
 from engine.lora.peft_config import CONFIG_NAME
 from engine.lora.targets import LinearLike
 from engine.lora.versions import AdapterState, FormerName, StoredVersions
@@ -250,7 +251,7 @@ class AdapterStore:
         with self._stored.new_version(name) as directory:
             for file in (CONFIG_NAME, WEIGHTS_NAME):
                 shutil.copyfile(staged / file, directory / file)
-                sync_file(directory / file)
+                sync(directory / file)
             write_synced(directory / LINEAGE_NAME, lineage.encode())
             version = self._stored.commit(name, directory, forced_onto=forced_onto)
         self._make_live(name, replace(adapter, version=version))

@@ -21,8 +21,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from engine.durable import sync, write_synced
 from engine.errors import FailedPreconditionError
-from engine.lora.peft import sync_file, write_synced
 from engine.names import validate_name
 
 STATE_NAME = "state.json"
@@ -137,9 +137,9 @@ class StoredVersions:
         assert self.root is not None
         directory = self.root / name
         temporary = directory / f".{STATE_NAME}.{os.getpid()}"
-        write_synced(temporary, json.dumps(asdict(state)).encode())
+        write_synced(temporary, json.dumps(asdict(state)))
         temporary.replace(directory / STATE_NAME)
-        sync_file(directory)
+        sync(directory)
 
     @contextlib.contextmanager
     def new_version(self, name: str) -> Iterator[Path]:
@@ -167,7 +167,7 @@ class StoredVersions:
             forced_onto: digest of the base weights, where the version was trained on others.
         """
         assert self.root is not None
-        sync_file(directory)
+        sync(directory)
         state = self.state(name)
         version = state.next
         while True:
@@ -178,7 +178,7 @@ class StoredVersions:
                 if not self.directory(name, version).exists():
                     raise
                 version += 1  # another process was faster
-        sync_file(self.root / name)
+        sync(self.root / name)
         if forced_onto:
             state.forced[version] = forced_onto
         self.write_state(name, replace(state, live=version, loaded=True, next=version + 1))
@@ -200,7 +200,7 @@ class StoredVersions:
         if target.exists():
             shutil.rmtree(target)  # of versions that were deleted: what is left is their last number, kept above
         source.rename(target)
-        sync_file(self.root)
+        sync(self.root)
 
     def remove(self, name: str, version: int) -> None:
         """Deletes a version; it is gone at once, its bytes a little later."""

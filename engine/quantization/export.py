@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.config import ModelConfig
-from engine.quantization.safetensors_writer import write_text
+from engine.durable import write_synced
 
 COPIED = (
     "generation_config.json",
@@ -58,7 +58,7 @@ def write_config(
         values["tie_word_embeddings"] = tied
     elif (name := _first(values.get("architectures"))).endswith("ForCausalLM"):
         values["architectures"] = [name.removesuffix("ForCausalLM") + "Model"]  # what is written has no head
-    write_text(directory / "config.json", json.dumps(values, indent=2, default=_plain) + "\n")
+    write_synced(directory / "config.json", json.dumps(values, indent=2, default=_plain) + "\n")
 
 
 def write_generation_config(directory: Path, config: ModelConfig) -> None:
@@ -70,7 +70,7 @@ def write_generation_config(directory: Path, config: ModelConfig) -> None:
         values["eos_token_id"] = list(config.eos_token_ids)
     if config.pad_token_id is not None:
         values["pad_token_id"] = config.pad_token_id
-    write_text(directory / "generation_config.json", json.dumps(values, indent=2) + "\n")
+    write_synced(directory / "generation_config.json", json.dumps(values, indent=2) + "\n")
 
 
 def copy_companions(source: Path, directory: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -11,11 +10,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from engine.config import ModelConfig
+from engine.durable import sync, sync_tree
 from engine.errors import AlreadyExistsError, OverloadedError
 from engine.loading import Checkpoint
 from engine.names import validate_name
 from engine.quantization.export import copy_companions, write_generation_config
-from engine.quantization.safetensors_writer import sync_directory
 from engine.tokenizer import Tokenizer
 from engine.tokenizer.hf_files import FILES
 
@@ -74,19 +73,12 @@ def save_companions(checkpoint: Checkpoint, config: ModelConfig, tokenizer_path:
 
 def _publish(staging: Path, output: Path) -> None:
     """Flushes what is staged and gives it its name."""
-    for directory, _, files in os.walk(staging):
-        for name in files:
-            descriptor = os.open(os.path.join(directory, name), os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
-        sync_directory(Path(directory))
+    sync_tree(staging)
     staging.chmod(0o755)  # mkdtemp keeps it to its owner
     if output.exists():
         raise AlreadyExistsError(f"{output.name!r} came to exist meanwhile", field="output_name")
     staging.rename(output)
-    sync_directory(output.parent)
+    sync(output.parent)
 
 
 def _disk_error(output: Path, error: OSError) -> OverloadedError:

@@ -7,7 +7,6 @@ Source: https://github.com/huggingface/safetensors, "Format".
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,8 @@ from typing import BinaryIO, Self
 
 import torch
 from torch import Tensor
+
+from engine.durable import flush, write_synced
 
 SHARD_BYTES = 4 << 30
 """A shard holds at most so many bytes of tensors, unless a single tensor is larger."""
@@ -120,7 +121,7 @@ class SafetensorsWriter:
                     for entry in shard
                 },
             }
-            write_text(self._directory / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
+            write_synced(self._directory / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
         return total
 
     def _next_file(self, shard: int) -> BinaryIO:
@@ -144,8 +145,7 @@ class SafetensorsWriter:
 
     def _close_synced(self) -> None:
         if self._file is not None:
-            self._file.flush()
-            os.fsync(self._file.fileno())
+            flush(self._file)
             self._file.close()
 
 
@@ -159,20 +159,3 @@ def _split(entries: Sequence[TensorEntry], shard_bytes: int) -> list[list[Tensor
         shards[-1].append(entry)
         size += entry.num_bytes
     return shards
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a file and flushes it to the disk."""
-    with path.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def sync_directory(path: Path) -> None:
-    """Flushes a directory's own entries to the disk, so that a rename within it lasts."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -22,9 +22,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from engine.durable import sync, write_synced
 from engine.errors import FormatError
 from engine.lora.adapter import Adapter
-from engine.lora.peft import save_adapter, sync_file, write_synced
+from engine.lora.peft import save_adapter
 from engine.lora.targets import LinearLike
 
 BEST_NAME = "best"
@@ -135,9 +136,9 @@ class Checkpoints:
         try:
             save_adapter(temporary, adapter, self._targets, base_model=self._base_model)
             save_file(dict(optimizer), str(temporary / OPTIMIZER_NAME))
-            sync_file(temporary / OPTIMIZER_NAME)
-            write_synced(temporary / STATE_NAME, (json.dumps(asdict(state), indent=2) + "\n").encode())
-            sync_file(temporary)
+            sync(temporary / OPTIMIZER_NAME)
+            write_synced(temporary / STATE_NAME, json.dumps(asdict(state), indent=2) + "\n")
+            sync(temporary)
             if final.exists():
                 # A rename cannot replace a directory that is not empty. Moved aside, the old one is still whole.
                 aside = self._directory / f".old-{final.name}.{os.getpid()}"
@@ -150,7 +151,7 @@ class Checkpoints:
             shutil.rmtree(temporary, ignore_errors=True)
         if is_best:
             self._link_best(final.name)
-        sync_file(self._directory)
+        sync(self._directory)
         self._prune()
         return final
 

@@ -21,6 +21,7 @@ import numpy.typing as npt
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+from engine.durable import sync
 from engine.errors import FormatError, InvalidArgumentError
 from engine.jobs import TokenizedExample
 from engine.training.seeds import derive_seed
@@ -199,8 +200,7 @@ def write_dataset(
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         save_file(tensors, str(temporary))
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
+        sync(temporary)
         temporary.replace(path)
     finally:
         with contextlib.suppress(FileNotFoundError):

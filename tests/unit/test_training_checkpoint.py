@@ -67,7 +67,7 @@ def test_a_step_can_be_written_again(checkpoints: Checkpoints) -> None:
     assert checkpoints.steps() == [4]
 
 
-@pytest.mark.parametrize("function", ["save_adapter", "save_file", "write_synced", "sync_file"])
+@pytest.mark.parametrize("function", ["save_adapter", "save_file", "write_synced", "sync"])
 def test_a_failed_write_leaves_the_one_before(
     checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch, function: str
 ) -> None:
