@@ -30,6 +30,9 @@ LOGIT_TOLERANCE = 1e-4
 MAX_STEPS = 48
 """Tokens that are decoded one by one."""
 
+States = tuple[CausalLM, Tensor]
+"""A model, and hidden states [T, D] that it has computed."""
+
 
 def micro_batch(sequences: Sequence[Sequence[int]]) -> MicroBatch:
     """Whole sequences as the trainer packs them; every token but the first of each is predicted."""
@@ -90,7 +93,7 @@ def chunked_prefill(loaded: LoadedModel, sequences: Sequence[Sequence[int]], ran
     difference, largest = 0.0, 0.0
     for size in sizes:
         chunked = _cached(model, sequences, adapter, size)
-        difference, largest = _worst(model, whole, chunked, difference, largest)
+        difference, largest = _worst((model, whole), (model, chunked), difference, largest)
     return _judged(difference, largest, f"chunks of {', '.join(map(str, sizes))} tokens")
 
 
@@ -100,7 +103,7 @@ def stepwise_decode(loaded: LoadedModel, sequences: Sequence[Sequence[int]], ran
     adapter = probed(loaded, rank, seed)
     first = [list(sequences[0][:MAX_STEPS])]
     stepped = _cached(model, first, adapter, 1)
-    difference, largest = _worst(model, _whole(model, first, adapter), stepped)
+    difference, largest = _worst((model, _whole(model, first, adapter)), (model, stepped))
     return _judged(difference, largest, f"{len(first[0])} steps")
 
 
@@ -112,14 +115,8 @@ def stored_blocks(loaded: LoadedModel, stored: LoadedModel, sequences: Sequence[
     first = list(sequences[0][:MAX_STEPS])
     difference, largest = 0.0, 0.0
     for ids, size in ((list(sequences[0]), len(sequences[0])), (first, 1)):
-        rows = max(1, LOGITS_CHUNK_BYTES // (4 * wide.config.vocab_size))
-        parts = (torch.split(_cached(model, [ids], None, size), rows) for model in (wide, kept))
-        for a, b in zip(*parts, strict=True):
-            expected = wide.compute_logits(a)
-            # Written so that NaN stays.
-            found = torch.stack([(kept.compute_logits(b) - expected).abs().amax(), expected.abs().amax()])
-            worst = torch.maximum(found.double(), torch.tensor([difference, largest], dtype=torch.float64))
-            difference, largest = float(worst[0]), float(worst[1])
+        expected, found = ((model, _cached(model, [ids], None, size)) for model in (wide, kept))
+        difference, largest = _worst(expected, found, difference, largest)
     return _judged(difference, largest, f"{stored.info.quantization}; {len(sequences[0])} rows, and {len(first)} steps")
 
 
@@ -142,14 +139,13 @@ def _cached(model: CausalLM, sequences: Sequence[Sequence[int]], adapter: Adapte
 
 
 @torch.no_grad()
-def _worst(
-    model: CausalLM, one: Tensor, other: Tensor, difference: float = 0.0, largest: float = 0.0
-) -> tuple[float, float]:
-    """Largest difference of a logit and largest logit, not below those given; NaN stays."""
+def _worst(one: States, other: States, difference: float = 0.0, largest: float = 0.0) -> tuple[float, float]:
+    """Largest difference of a logit and largest logit of the first, not below those given; NaN stays."""
+    (model, hidden), (other_model, other_hidden) = one, other
     rows = max(1, LOGITS_CHUNK_BYTES // (4 * model.config.vocab_size))
     found = torch.tensor([difference, largest], dtype=torch.float64)
-    for a, b in zip(torch.split(one, rows), torch.split(other, rows), strict=True):
-        ours, theirs = model.compute_logits(a), model.compute_logits(b)
+    for a, b in zip(torch.split(hidden, rows), torch.split(other_hidden, rows), strict=True):
+        ours, theirs = model.compute_logits(a), other_model.compute_logits(b)
         here = torch.stack([(ours - theirs).abs().amax(), ours.abs().amax()])
         found = torch.maximum(found, here.double())
     return float(found[0]), float(found[1])
