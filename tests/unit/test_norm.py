@@ -37,6 +37,20 @@ def test_value_and_gradient_are_those_of_the_plain_operations(case: Case) -> Non
     torch.testing.assert_close(torch.autograd.grad(ours, x, grad), torch.autograd.grad(expected, x, grad))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_the_value_is_that_of_the_plain_operations_to_the_last_bit(case: Case, dtype: torch.dtype) -> None:
+    """With and without a backward, on whole vectors and on what is left of them."""
+    _, weight, options = make(case)
+    for rows, columns in ((3, 6), (64, 128), (5, 1001)):
+        generator = torch.Generator().manual_seed(columns)
+        x = 3.0 * torch.randn(rows, columns, generator=generator).to(dtype)
+        scales = None if weight is None else torch.randn(columns, generator=generator).to(dtype)
+        expected = root_norm_reference(x, scales, **options)
+        assert torch.equal(root_norm(x, scales, **options), expected)
+        assert torch.equal(root_norm(x.requires_grad_(), scales, **options), expected)
+
+
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_gradcheck(case: Case) -> None:
     x, weight, options = make(case)
