@@ -39,7 +39,7 @@ from engine.lora.adapter import Adapter
 from engine.lora.combine import read_weighted
 from engine.models.base import build_model
 from engine.quantization.base import UNQUANTIZED, scheme_map
-from engine.quantization.export import write_config
+from engine.quantization.export import write_config, write_config_values
 from engine.quantization.output import new_model, refuse_taken, save_companions
 from engine.quantization.safetensors_writer import SafetensorsWriter, TensorEntry
 from engine.quantization.source import named_tensors, open_source, read_stored, stored_dtype
@@ -308,7 +308,7 @@ def _write_config(
     values = dict(config.raw)
     if values.pop("quantization_config", None) is not None or spec.dtype != "auto":
         _set_dtype(values, dtype)
-    write_synced(directory / "config.json", json.dumps(values, indent=2, default=_plain) + "\n")
+    write_config_values(directory, values)
 
 
 def _set_dtype(values: dict[str, Any], dtype: str) -> None:
@@ -329,10 +329,3 @@ def _write_origin(directory: Path, loaded: LoadedModel, sources: Sequence[Adapte
         "adapters": [asdict(source) for source in sources],
     }
     write_synced(directory / MERGE_NAME, json.dumps(values, indent=2) + "\n")
-
-
-def _plain(value: object) -> object:
-    """JSON for the read-only maps of a ModelConfig."""
-    if isinstance(value, Mapping):
-        return dict(value)
-    raise TypeError(f"config.json holds a {type(value).__name__}, which JSON has not")

@@ -58,7 +58,18 @@ def write_config(
         values["tie_word_embeddings"] = tied
     elif (name := _first(values.get("architectures"))).endswith("ForCausalLM"):
         values["architectures"] = [name.removesuffix("ForCausalLM") + "Model"]  # what is written has no head
-    write_synced(directory / "config.json", json.dumps(values, indent=2, default=_plain) + "\n")
+    write_config_values(directory, values)
+
+
+def write_config_values(directory: Path, values: Mapping[str, Any]) -> None:
+    """Writes config.json with these contents; read-only maps of a ModelConfig may be among them."""
+
+    def plain(value: object) -> object:
+        if isinstance(value, Mapping):
+            return dict(value)
+        raise TypeError(f"config.json holds a {type(value).__name__}, which JSON has not")
+
+    write_synced(directory / "config.json", json.dumps(values, indent=2, default=plain) + "\n")
 
 
 def write_generation_config(directory: Path, config: ModelConfig) -> None:
@@ -85,10 +96,3 @@ def copy_companions(source: Path, directory: Path) -> None:
 
 def _first(names: object) -> str:
     return str(names[0]) if isinstance(names, list) and names else ""
-
-
-def _plain(value: object) -> object:
-    """JSON for the read-only maps of a ModelConfig."""
-    if isinstance(value, Mapping):
-        return dict(value)
-    raise TypeError(f"config.json holds a {type(value).__name__}, which JSON has not")
