@@ -134,7 +134,9 @@ class GGUFCheckpoint:
             for part in zip(*pieces, strict=True):
                 if part[0] is None:
                     continue
-                whole = torch.from_numpy(np.concatenate(part))
+                # A small matrix is one piece: where that is contiguous, there is nothing to copy.
+                alone = len(part) == 1 and part[0].flags.carray
+                whole = torch.from_numpy(part[0] if alone else np.concatenate(part))
                 parts.append(_unpermute(whole, self._heads(target)) if target.change == "permuted" else whole)
             self._last = name, parts
         return self._last[1][index]
