@@ -238,7 +238,13 @@ class _Run:
             yield from self._evaluate()
             is_last = self._stop_reason() is not None
         if _due(params.publish_every, state.step) and state.published_step < state.step and not is_last:
-            yield self._publish(self._adapter, state.last_nll if state.evaluated_step == state.step else None)
+            if self._is_broken(state.last_nll):
+                message = f"the last held-out NLL, after step {state.evaluated_step}, is {state.last_nll}"
+                yield self._warning(
+                    "NOT_PUBLISHED", f"the weights after step {state.step} are not published: {message}"
+                )
+            else:
+                yield self._publish(self._adapter, state.last_nll if state.evaluated_step == state.step else None)
         if (is_last or _due(params.checkpoint_every, state.step)) and self._checkpointed_step != state.step:
             yield self._checkpoint(is_best=False)
 
@@ -288,7 +294,7 @@ class _Run:
             if state.best_step == 0:
                 message = f"no evaluation was better than the base's ({state.base_nll:.4f}); what is published as best "
                 yield self._warning("NO_IMPROVEMENT", message + "are the weights that the run began with")
-        if nll is not None and not math.isfinite(nll) and state.base_nll is not None and math.isfinite(state.base_nll):
+        if self._is_broken(nll):
             raise TrainingError(
                 f"the held-out NLL of the weights after step {state.step} is {nll}, so they are not published; they "
                 f"are in {self._checkpoints.path(state.step)}",
@@ -316,6 +322,11 @@ class _Run:
             num_tokens=state.num_tokens,
             kl=None if version is None else kl,
         )
+
+    def _is_broken(self, nll: float | None) -> bool:
+        """Whether a held-out NLL tells of broken weights: it is not finite, though that of the base was."""
+        base = self._state.base_nll
+        return nll is not None and not math.isfinite(nll) and base is not None and math.isfinite(base)
 
     def _may_publish(self, kl: float | None) -> bool:
         """Whether the weights are within the bound. Those that the run began with are no result of it."""

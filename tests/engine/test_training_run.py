@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 import json
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -282,6 +283,24 @@ def test_an_evaluation_that_is_not_finite_is_no_improvement(loaded: LoadedModel,
     finished = events[-1]
     assert isinstance(finished, TrainFinished)
     assert (finished.best_nll, finished.best_step, finished.version) == (None, None, 1)
+
+
+def test_weights_of_an_evaluation_that_is_not_finite_are_not_published(loaded: LoadedModel, tmp_path: Path) -> None:
+    """Nor those of the steps after it, until an evaluation says that they are whole again."""
+    held_out = [dataclasses.replace(HELD_OUT[0], token_ids=[5, *HELD_OUT[0].token_ids[1:]])]
+    weight = loaded.model.get_parameter("model.embed_tokens.weight")
+    whole = weight.data.clone()
+    events: list[Any] = []
+    for event in train(make_spec(tmp_path, TRAIN, held_out, max_steps=6, eval_every=2, publish_every=1), loaded):
+        events.append(event)
+        if isinstance(event, TrainStep) and event.step == 1:
+            poison(loaded, 5)
+        elif isinstance(event, TrainEvaluation) and event.step == 2:
+            weight.data = whole
+    assert [e.step for e in of_type(events, TrainEvaluation) if not math.isfinite(e.nll)] == [2]
+    assert [(e.step, e.version) for e in of_type(events, TrainPublished)] == [(1, 1), (4, 2), (5, 3), (6, 4)]
+    told = [(w.step, w.reason) for w in of_type(events, JobWarning)]
+    assert told == [(2, "NON_FINITE_EVALUATION"), (2, "NOT_PUBLISHED"), (3, "NOT_PUBLISHED")]
 
 
 def _collect(spec: TrainSpec, loaded: LoadedModel, into: list[Any]) -> list[Any]:
