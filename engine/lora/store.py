@@ -154,10 +154,9 @@ class AdapterStore:
         for name in self._stored.names():
             state = self._stored.state(name)
             for version in self._stored.versions(name):
-                try:
-                    infos.append(self._info(name, version, state, former_names))
-                except EngineError as error:
-                    logger.warning("adapter %s version %d of %s: %s", name, version, self._model_name, error.message)
+                info = self._info_or_none(name, version, state, former_names)
+                if info is not None:
+                    infos.append(info)
         return sorted(infos, key=lambda info: (info.name, info.version))
 
     def info(self, name: str, version: int | None = None) -> AdapterInfo:
@@ -364,7 +363,8 @@ class AdapterStore:
         keep: Collection[tuple[str, int]] = (),
         dry_run: bool = False,
     ) -> Sequence[AdapterInfo]:
-        """Deletes versions that are neither live, nor among the newest, nor needed.
+        """Deletes versions that are neither live, nor among the newest, nor needed. One whose files are damaged, so
+        that there is nothing to tell of it, is named in the log and stays.
 
         Args:
             name: None: of every adapter.
@@ -391,11 +391,12 @@ class AdapterStore:
         for each in self._stored.names() if name is None else (name,):
             stored, state = self._stored.versions(each), self._stored.state(each)
             newest = stored[max(0, len(stored) - keep_last) :]
-            pruned += [
-                self._info(each, version, state, former_names)
-                for version in stored
-                if version not in newest and version != state.live and (each, version) not in needed
-            ]
+            for version in stored:
+                if version in newest or version == state.live or (each, version) in needed:
+                    continue
+                info = self._info_or_none(each, version, state, former_names)
+                if info is not None:
+                    pruned.append(info)
         if not dry_run:
             for info in pruned:
                 self.delete(info.name, info.version)
@@ -537,6 +538,16 @@ class AdapterStore:
             sources=[self._present_source(source, former_names) for source in info.sources],
             forced=info.forced or version in (state or self._stored.state(name)).forced,
         )
+
+    def _info_or_none(
+        self, name: str, version: int, state: AdapterState, former_names: Sequence[tuple[FormerName, str]]
+    ) -> AdapterInfo | None:
+        """None, and a line in the log, where the files of the version are damaged."""
+        try:
+            return self._info(name, version, state, former_names)
+        except EngineError as error:
+            logger.warning("adapter %s version %d of %s: %s", name, version, self._model_name, error.message)
+            return None
 
     def _present_source(
         self, source: AdapterSource, former_names: Sequence[tuple[FormerName, str]] | None

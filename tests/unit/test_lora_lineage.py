@@ -21,6 +21,8 @@ from engine.errors import (
 from engine.info import AdapterInfo, AdapterSource
 from engine.lora.adapter import Adapter
 from engine.lora.lineage import Lineage
+from engine.lora.peft import WEIGHTS_NAME
+from engine.lora.peft_config import CONFIG_NAME
 from engine.lora.store import AdapterStore
 from engine.lora.versions import StoredVersions
 from tests.unit.test_lora_store import filled, open_store, value_of
@@ -269,6 +271,24 @@ def test_a_directory_of_the_operators_is_checked_as_well(tmp_path: Path) -> None
 
 def pruned(infos: list[AdapterInfo]) -> list[tuple[str, int]]:
     return [(info.name, info.version) for info in infos]
+
+
+@pytest.mark.parametrize("damaged", [WEIGHTS_NAME, CONFIG_NAME])
+def test_a_damaged_version_does_not_stop_prune(
+    store: AdapterStore, tmp_path: Path, caplog: pytest.LogCaptureFixture, damaged: str
+) -> None:
+    """It is named in the log and stays; what can be told of is pruned."""
+    for value in (1.0, 2.0, 3.0, 4.0):
+        store.publish(filled(value))
+    (tmp_path / "tone" / "2" / damaged).write_bytes(b"{")
+    other = open_store(tmp_path)
+    for dry_run in (True, False):
+        caplog.clear()
+        assert pruned(list(other.prune("tone", 1, dry_run=dry_run))) == [("tone", 1), ("tone", 3)]
+        assert "adapter tone version 2 of tiny" in caplog.text
+    assert sorted(path.name for path in (tmp_path / "tone").iterdir() if path.is_dir()) == ["2", "4"]
+    other.delete("tone", 2)
+    assert pruned(list(other.list())) == [("tone", 4)]
 
 
 def test_prune_keeps_live_newest_and_needed(store: AdapterStore, tmp_path: Path) -> None:
