@@ -93,9 +93,9 @@ def test_one_failure_ends_the_comparison(client: Client) -> None:
 def test_the_command(client: Client, rpc_server: ServerProcess) -> None:
     """``whet compare``: one answer after the other, with the version that gave it."""
     options = ["--server", rpc_server.address, "--max-tokens", "4", "--temperature", "0"]
-    done = CliRunner().invoke(cli, ["compare", "Once", "-m", MODEL, "-a", "ab-tone@1", "-a", "ab-tone", *options])
+    done = CliRunner().invoke(cli, ["compare", "Once", "-m", MODEL, "-a", "ab-tone:1", "-a", "ab-tone", *options])
     assert done.exit_code == 0, done.output
     heads = [line for line in done.output.splitlines() if line.startswith("--- ")]
     assert heads == ["--- base (length)", "--- ab-tone version 1 (length)", "--- ab-tone version 2 (length)"]
-    for arguments in (["-a", "ab-tone@x"], ["--no-base"]):
+    for arguments in (["-a", "ab-tone:x"], ["-a", "ab-tone:"], ["-a", ":1"], ["--no-base"]):
         assert CliRunner().invoke(cli, ["compare", "Once", "-m", MODEL, *arguments, *options]).exit_code == 2

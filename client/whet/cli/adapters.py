@@ -8,7 +8,7 @@ import datetime
 import click
 
 from whet import AdapterInfo, MergeReport, WeightedAdapter
-from whet.cli.app import Settings, progress_bar, settings_options, shown
+from whet.cli.app import Settings, progress_bar, settings_options, shown, split_version
 
 _COLUMNS = ("model", "name", "version", "live", "loaded", "rank", "alpha", "best_nll", "created_at")
 
@@ -248,11 +248,9 @@ def parse_source(text: str) -> WeightedAdapter:
         click.UsageError: the version is no number, or the weight none.
     """
     adapter, equals, weight = text.partition("=")
-    name, colon, version = adapter.partition(":")
     try:
-        return WeightedAdapter(
-            name=name, version=int(version) if colon else None, weight=float(weight) if equals else 1.0
-        )
+        name, version = split_version(adapter)
+        return WeightedAdapter(name=name, version=version, weight=float(weight) if equals else 1.0)
     except ValueError:
         raise click.UsageError(f"{text!r} is no NAME[:VERSION][=WEIGHT]") from None
 

@@ -198,6 +198,18 @@ def read_text(text: str | None, file: str | None) -> str:
     return sys.stdin.read() if text in (None, "-") else str(text)
 
 
+def split_version(text: str) -> tuple[str, int | None]:
+    """Reads NAME[:VERSION], which is also how versions are printed.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    name, colon, version = text.partition(":")
+    if not name or (colon and not (version.isascii() and version.isdecimal())):
+        raise ValueError(text)
+    return name, int(version) if colon else None
+
+
 def given(options: Mapping[str, Any]) -> dict[str, Any]:
     """The options that were given; the server has the defaults of the others."""
     return {name: value for name, value in options.items() if value is not None and value != ()}

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import click
 
 from whet import Client, WhetError
-from whet.cli.app import Settings, given, pick_model, progress_console, read_text, settings_options
+from whet.cli.app import Settings, given, pick_model, progress_console, read_text, settings_options, split_version
 from whet.types import AdapterChoice, Prompt, Reply
 
 FunctionT = TypeVar("FunctionT", bound=Callable[..., Any])
@@ -100,13 +100,14 @@ def _remark(reply: Reply) -> None:
 
 
 def _adapter_choice(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> list[AdapterChoice]:
-    """NAME or NAME@VERSION, each."""
+    """NAME[:VERSION], each."""
     choices: list[AdapterChoice] = []
     for value in values:
-        name, at, version = value.partition("@")
-        if not name or (at and not version.isdecimal()):
-            raise click.BadParameter(f"{value!r}; accepted: NAME or NAME@VERSION")
-        choices.append((name, int(version)) if at else name)
+        try:
+            name, version = split_version(value)
+        except ValueError:
+            raise click.BadParameter(f"{value!r}; accepted: NAME[:VERSION]") from None
+        choices.append(name if version is None else (name, version))
     return choices
 
 
@@ -114,7 +115,7 @@ def _adapter_choice(_: click.Context, __: click.Parameter, values: tuple[str, ..
 @click.argument("prompt", required=False)
 @click.option("--file", "-f", type=click.Path(allow_dash=True), help="Read the prompt from this file.")
 @click.option(
-    "--adapter", "-a", "adapters", multiple=True, callback=_adapter_choice, help="NAME or NAME@VERSION; repeatable."
+    "--adapter", "-a", "adapters", multiple=True, callback=_adapter_choice, help="NAME[:VERSION]; repeatable."
 )
 @click.option("--base/--no-base", default=True, help="The base model, too.")
 @sampling_options(one_adapter=False, max_tokens=256)
