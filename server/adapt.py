@@ -147,10 +147,9 @@ class Adaptation:
     ) -> str:
         """Runs in a thread. The examples are held out as well, so that their loss is measured before and after."""
         dataset = RunDataset(self._services.config, model.tokenizer, loss_on=loss_on, max_seq_len=params.max_seq_len)
-        for split in (training_pb2.SPLIT_TRAIN, training_pb2.SPLIT_EVAL):
-            dataset.add(request.examples, split, request.ByteSize())
+        dataset.add(request.examples, training_pb2.SPLIT_TRAIN, request.ByteSize())
         dataset.refuse_rejections()
-        return dataset.write(path, eval_fraction=0.0, seed=params.seed)
+        return dataset.write(path, eval_fraction=0.0, seed=params.seed, hold_out_all=True)
 
     async def _reply(self, run: RunRecord) -> training_pb2.AdaptResponse:
         """Waits for the run's end; a caller that leaves takes the run with it."""
@@ -177,4 +176,4 @@ class Adaptation:
             )
         if started is None or finished is None or finished.base_nll is None or finished.final_nll is None:
             raise InternalError(f"run {run.run_id} ended without its losses")
-        return convert_runs.to_adapt_response(started, finished)
+        return convert_runs.to_adapt_response(started, finished, outcome)

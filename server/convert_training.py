@@ -249,7 +249,7 @@ def from_adapt_request(
     return params, number(message.max_kl, "max_kl", 0.0, 1e6, low_open=True)
 
 
-def to_adapt_response(started: TrainStarted, finished: TrainFinished) -> training_pb2.AdaptResponse:
+def to_adapt_response(started: TrainStarted, finished: TrainFinished, run: RunRecord) -> training_pb2.AdaptResponse:
     """What became of a run of Adapt, whose examples are held out as well."""
     assert finished.base_nll is not None
     assert finished.final_nll is not None
@@ -263,6 +263,7 @@ def to_adapt_response(started: TrainStarted, finished: TrainFinished) -> trainin
         duration=to_duration(finished.seconds),
         kl=finished.kl,
         stop_reason=_STOP_REASONS[finished.stop_reason],
+        num_truncated=json.loads(run.dataset)["num_truncated"],
     )
 
 

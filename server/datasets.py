@@ -64,14 +64,16 @@ class RunDataset:
             field = f"examples[{first.index}]"
             raise InvalidArgumentError(f"{field}: {first.message}", field=field, reason=first.reason)
 
-    def write(self, path: Path, *, eval_fraction: float, seed: int) -> str:
+    def write(self, path: Path, *, eval_fraction: float, seed: int, hold_out_all: bool = False) -> str:
         """Writes the dataset; returns what became of the examples, as JSON for the archive.
 
+        Args:
+            hold_out_all: evaluate on the very examples that are trained on.
         Raises:
             InvalidArgumentError: nothing is left to train on, or both a fraction and examples are held out.
         """
         dataset = self._builder.finish(eval_fraction=eval_fraction, seed=seed)
-        write_dataset(path, dataset.train, dataset.evaluation)
+        write_dataset(path, dataset.train, dataset.train if hold_out_all else dataset.evaluation)
         report = self._builder.report
         return json.dumps(
             {

@@ -155,6 +155,7 @@ def from_adaptation(response: training_pb2.AdaptResponse) -> Adaptation:
         kl=optional(response, "kl"),
         num_tokens=response.num_tokens,
         num_loss_tokens=response.num_loss_tokens,
+        num_truncated=response.num_truncated,
         seconds=known_seconds(response, "duration"),
     )
 

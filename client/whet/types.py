@@ -434,6 +434,8 @@ class Adaptation:
         stop_reason: "max_steps", or "max_kl".
         kl: of what was published, mean over the positions of the probes of KL(base || adapted), nats per token; None
             without probes.
+        num_truncated: examples that were longer than max_seq_len: of a completion's the left of the prompt is lost, of
+            a text the end.
     """
 
     loss_before: float
@@ -444,6 +446,7 @@ class Adaptation:
     kl: float | None
     num_tokens: int
     num_loss_tokens: int
+    num_truncated: int
     seconds: float
 
 

@@ -54,6 +54,27 @@ def test_adapt_is_done_once_for_one_request_id(stubs: Stubs) -> None:
     assert adapt(stubs, name).version == 2
 
 
+def test_adapt_says_how_many_examples_were_cut(stubs: Stubs) -> None:
+    """Each is counted once, though its loss is measured as well, in the reply and in the archive alike."""
+    name = next(names)
+    assert adapt(stubs, name).num_truncated == 0
+    long = [
+        training_pb2.TrainExample(prompt_completion=training_pb2.PromptCompletion(prompt="x" * 80, completion=" yes")),
+        training_pb2.TrainExample(text="y" * 80),
+    ]
+    reply = adapt(stubs, name, examples=[*long, *examples(1)], max_seq_len=64, request_id=f"cut-{name}")
+    assert reply.num_truncated == 2
+    assert adapt(stubs, name, examples=[*long, *examples(1)], max_seq_len=64, request_id=f"cut-{name}") == reply
+    watch = stubs.training.WatchRun(
+        training_pb2.WatchRunRequest(run_id=runs_of(stubs, name)[0].run_id), timeout=TIMEOUT
+    )
+    dataset = next(iter(watch)).event.started.dataset
+    assert (dataset.num_examples, dataset.num_eval_examples, dataset.num_truncated) == (3, 3, 2)
+    with fails(INVALID, field="examples[0]", reason="TOO_LONG"):
+        completion = training_pb2.PromptCompletion(prompt="x", completion="y" * 80)
+        adapt(stubs, name, examples=[training_pb2.TrainExample(prompt_completion=completion)], max_seq_len=64)
+
+
 @pytest.mark.parametrize(
     ("field", "values"),
     [

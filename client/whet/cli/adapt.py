@@ -59,5 +59,7 @@ def describe(done: Adaptation, adapter: str) -> str:
     parts = [f"loss {done.loss_before:.4f} before, {done.loss_after:.4f} after {done.steps} steps ({done.stop_reason})"]
     if done.kl is not None:
         parts.append(f"KL from the base {done.kl:.4g}")
+    if done.num_truncated:
+        parts.append(f"{done.num_truncated} examples were longer than max_seq_len and lost tokens")
     parts.append("nothing was published" if done.version is None else f"{adapter} version {done.version} is live")
     return "; ".join(parts)

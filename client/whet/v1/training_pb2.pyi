@@ -1734,6 +1734,7 @@ class AdaptResponse(_message.Message):
     DURATION_FIELD_NUMBER: _builtins.int
     KL_FIELD_NUMBER: _builtins.int
     STOP_REASON_FIELD_NUMBER: _builtins.int
+    NUM_TRUNCATED_FIELD_NUMBER: _builtins.int
     loss_before: _builtins.float
     """Mean over the examples' loss tokens, before the first step …"""
     loss_after: _builtins.float
@@ -1750,6 +1751,8 @@ class AdaptResponse(_message.Message):
     """
     stop_reason: Global___StopReason.ValueType
     """STOP_REASON_MAX_STEPS, or STOP_REASON_MAX_KL."""
+    num_truncated: _builtins.int
+    """Examples that were longer than max_seq_len: of a completion's the left of the prompt is lost, of a text the end."""
     @_builtins.property
     def duration(self) -> _duration_pb2.Duration: ...
     def __init__(
@@ -1764,10 +1767,11 @@ class AdaptResponse(_message.Message):
         duration: _duration_pb2.Duration | None = ...,
         kl: _builtins.float | None = ...,
         stop_reason: Global___StopReason.ValueType = ...,
+        num_truncated: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_kl", b"_kl", "_version", b"_version", "duration", b"duration", "kl", b"kl", "version", b"version"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_kl", b"_kl", "_version", b"_version", "duration", b"duration", "kl", b"kl", "loss_after", b"loss_after", "loss_before", b"loss_before", "num_loss_tokens", b"num_loss_tokens", "num_tokens", b"num_tokens", "steps", b"steps", "stop_reason", b"stop_reason", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_kl", b"_kl", "_version", b"_version", "duration", b"duration", "kl", b"kl", "loss_after", b"loss_after", "loss_before", b"loss_before", "num_loss_tokens", b"num_loss_tokens", "num_tokens", b"num_tokens", "num_truncated", b"num_truncated", "steps", b"steps", "stop_reason", b"stop_reason", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__kl: _TypeAlias = _typing.Literal["kl"]  # noqa: Y015
     _WhichOneofArgType__kl: _TypeAlias = _typing.Literal["_kl", b"_kl"]  # noqa: Y015
