@@ -6,6 +6,9 @@ A rename lasts once the directory that holds the entry is synced as well; syncin
 from __future__ import annotations
 
 import os
+import re
+import shutil
+import tempfile
 from pathlib import Path
 from typing import BinaryIO
 
@@ -38,3 +41,16 @@ def sync_tree(directory: Path) -> None:
         for name in files:
             sync(Path(path, name))
         sync(Path(path))
+
+
+def make_staging(final: Path) -> Path:
+    """An empty directory beside ``final``, to fill and to rename to it; its name begins with a dot."""
+    return Path(tempfile.mkdtemp(prefix=f".{final.name}.", dir=final.parent))
+
+
+def clear_staging(final: Path) -> None:
+    """Removes what processes that died left of ``final``. Nobody may be writing it."""
+    pattern = re.compile(rf"\.{re.escape(final.name)}\.[a-z0-9_]{{8}}")  # as mkdtemp names, not of NAME.more
+    for path in final.parent.glob(".*"):
+        if pattern.fullmatch(path.name):
+            shutil.rmtree(path, ignore_errors=True)

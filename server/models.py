@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
 
+from engine.durable import clear_staging
 from engine.errors import (
     AlreadyExistsError,
     CancelledError,
@@ -22,6 +23,7 @@ from engine.errors import (
     FailedPreconditionError,
     InvalidArgumentError,
     NotFoundError,
+    UnavailableError,
 )
 from engine.evaluation.embedding_config import NO_PROMPTS, Prompts, read_prompts
 from engine.info import ModelInfo
@@ -182,7 +184,8 @@ class ModelRegistry:
 
     @asynccontextmanager
     async def claim_output(self, name: str) -> AsyncIterator[Path]:
-        """Takes the name of a new model while the body writes it; yields its directory.
+        """Takes the name of a new model while the body writes it; yields its directory. What a worker that died left
+        half written is cleared.
 
         Raises:
             InvalidArgumentError: the name could be no model's.
@@ -196,6 +199,10 @@ class ModelRegistry:
         self._being_written.add(name)
         try:
             yield path
+        except UnavailableError as error:
+            if error.reason == "WORKER_LOST":  # its writer is dead, and the name still ours
+                await asyncio.to_thread(clear_staging, path)
+            raise
         finally:
             self._being_written.discard(name)
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import errno
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from engine.config import ModelConfig
-from engine.durable import sync, sync_tree
+from engine.durable import make_staging, sync, sync_tree
 from engine.errors import AlreadyExistsError, OverloadedError
 from engine.loading import Checkpoint
 from engine.names import validate_name
@@ -43,7 +42,7 @@ def new_model(output: Path) -> Iterator[Path]:
     """
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
+        staging = make_staging(output)
     except OSError as error:
         raise _disk_error(output, error) from error
     try:

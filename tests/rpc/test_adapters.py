@@ -388,8 +388,8 @@ def test_what_cannot_be_merged(client: Client, rpc_server: ServerProcess) -> Non
 
 
 def test_a_worker_killed_in_a_merge_leaves_no_model(start_server: Any, tmp_path: Path) -> None:
-    """The call ends with UNAVAILABLE, ListModels knows nothing of the half, its name is free once the worker is back,
-    and the next start of the server clears what was left."""
+    """The call ends with UNAVAILABLE, ListModels knows nothing of the half, its files are gone, and its name is free
+    once the worker is back. What a server that died as well left, its next start clears."""
     deep = save_tiny_tokenizer(
         save_tiny_llama(tmp_path / "deep", num_hidden_layers=40, max_position_embeddings=CONTEXT)
     )
@@ -405,12 +405,15 @@ def test_a_worker_killed_in_a_merge_leaves_no_model(start_server: Any, tmp_path:
                 job.result()
             except whet.UnavailableError:
                 break
-        assert list(written.glob(f".half-{attempt}.*"))
+        else:
+            pytest.fail("every merge had ended before its worker was killed")
+        assert list(written.glob(".*")) == []
         assert f"half-{attempt}" not in [model.name for model in client.models()]
         assert not (written / f"half-{attempt}").exists()
         merged = client.merge_adapter("tone", model=MODEL, output=f"half-{attempt}", load=False).report
         assert merged.num_merged == 40 * 7
     server.stop()
+    (written / ".half.abcd1234").mkdir()
     start_server(models=["--model", f"{MODEL}={deep}"])
     assert list(written.glob(".*")) == []
 
