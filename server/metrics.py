@@ -2,6 +2,9 @@
 
 What the front end sees is counted here as it happens. What a worker knows (queues, caches, jobs) is read from the
 latest statistics that it sent, at the time of the scrape; a value that is not known is left out of the scrape.
+
+A series that was once there stays until the process ends, and callers make as many adapters as they like: so the first
+MAX_ADAPTER_LABELS that are counted have labels of their own, and all others share OTHER_ADAPTERS.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ from prometheus_client.exposition import generate_latest
 
 from engine.info import EngineStats
 from server.metrics_vllm import VllmView, vllm_families
-from server.snapshot import Snapshot, SnapshotCollector, whet_families
+from server.snapshot import MAX_ADAPTER_LABELS, OTHER_ADAPTERS, Snapshot, SnapshotCollector, whet_families
 
 TTFT_BUCKETS = (
     0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160, 640, 2560,
@@ -52,6 +55,7 @@ class Metrics:
     def __init__(self, version: str, *, compat_vllm: bool = False) -> None:
         disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series per counter, unread
         self.registry = CollectorRegistry()
+        self._labelled: set[tuple[str, str]] = set()
         self.compat_vllm = compat_vllm
         self.histograms = {name: self._histogram(name, *spec, ["model"]) for name, spec in HISTOGRAMS.items()}
         self.prompt_tokens_total = self._counter("prompt_tokens", "Prompt tokens taken.", ["model", "adapter"])
@@ -99,6 +103,16 @@ class Metrics:
 
     def _histogram(self, name: str, text: str, buckets: Iterable[float], labels: list[str]) -> Histogram:
         return Histogram(f"whet_{name}", text, labels, buckets=tuple(buckets), registry=self.registry)
+
+    def adapter_label(self, model: str, adapter: str) -> str:
+        """What stands for an adapter in the counters that have a label for it: its name, or OTHER_ADAPTERS; "" for the
+        base."""
+        key = (model, adapter)
+        if adapter and key not in self._labelled:
+            if len(self._labelled) >= MAX_ADAPTER_LABELS:
+                return OTHER_ADAPTERS
+            self._labelled.add(key)
+        return adapter
 
     def observe(self, stats: EngineStats) -> None:
         """Enters the observations that a worker made since its last report. Call it once per report."""

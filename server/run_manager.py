@@ -355,10 +355,11 @@ class RunManager:
                 for name, value in readings.items():
                     if value is not None:
                         metrics.train_gauges[name].labels(*labels).set(value)
+                counted = live.model, metrics.adapter_label(live.model, live.adapter)
                 if event.skipped:
-                    metrics.train_skipped_steps_total.labels(*labels).inc()
+                    metrics.train_skipped_steps_total.labels(*counted).inc()
                 elif event.step > 0:
-                    metrics.train_steps_total.labels(*labels).inc()
+                    metrics.train_steps_total.labels(*counted).inc()
             case TrainEvaluation():
                 metrics.train_gauges["train_evaluation_loss"].labels(*labels).set(event.nll)
             case TrainCheckpoint():

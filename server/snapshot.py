@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -11,6 +12,12 @@ from prometheus_client.registry import Collector
 
 from engine.info import AdapterInfo, ModelInfo, ModelStats
 from server.workers.pool import WorkerSnapshot
+
+MAX_ADAPTER_LABELS = 1000
+"""Adapters that have series of their own, over all models."""
+
+OTHER_ADAPTERS = "other"
+"""The label of all others."""
 
 Family = GaugeMetricFamily | CounterMetricFamily
 
@@ -101,10 +108,16 @@ def whet_families(snapshot: Snapshot) -> Iterator[Family]:
         weights.add_metric([model.name], model.weights_bytes)
         if model.num_blocks:
             cache.add_metric([model.name, str(model.block_size), str(model.num_blocks), str(model.num_slots)], 1)
-    adapters = GaugeMetricFamily("whet_adapter_info", "1 while live.", labels=["model", "adapter", "version"])
-    for adapter in snapshot.adapters:
-        if adapter.live and adapter.loaded:
-            adapters.add_metric([adapter.model, adapter.name, str(adapter.version)], 1)
+    adapters = GaugeMetricFamily(
+        "whet_adapter_info",
+        f"1 while live; of a model, beyond {MAX_ADAPTER_LABELS} adapters, the number of those left.",
+        labels=["model", "adapter", "version"],
+    )
+    live = [adapter for adapter in snapshot.adapters if adapter.live and adapter.loaded]
+    for adapter in live[:MAX_ADAPTER_LABELS]:
+        adapters.add_metric([adapter.model, adapter.name, str(adapter.version)], 1)
+    for model_name, number in Counter(adapter.model for adapter in live[MAX_ADAPTER_LABELS:]).items():
+        adapters.add_metric([model_name, OTHER_ADAPTERS, ""], number)
     yield from (cache, weights, adapters)
 
     up = GaugeMetricFamily(

@@ -259,7 +259,8 @@ class _Generation:
             return
         self._is_counted = True
         metrics, model = self._services.metrics, self._model.name
-        adapter = (self._request.adapter or "") if self._started is not None else ""
+        name = (self._request.adapter or "") if self._started is not None else ""
+        adapter = metrics.adapter_label(model, name)
         if self._started is not None:
             metrics.prompt_tokens_total.labels(model, adapter).inc(self._started.num_prompt_tokens)
             num_tokens = sum(completion.num_tokens for completion in self._completions)

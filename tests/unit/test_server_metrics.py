@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 
 import pytest
@@ -167,3 +168,28 @@ def test_bucket_ranges(name: str, low: float, high: float) -> None:
     assert bounds[0] == low
     assert bounds[-2] == high
     assert bounds == sorted(bounds)
+
+
+def test_many_adapters_share_a_label(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first ones keep theirs, whatever comes later; the base has none and is always itself."""
+    monkeypatch.setattr("server.metrics.MAX_ADAPTER_LABELS", 2)
+    metrics = Metrics("1.0")
+    for _ in range(2):
+        labels = [metrics.adapter_label("m", name) for name in ("a", "", "b", "c", "d")]
+        assert labels == ["a", "", "b", "other", "other"]
+    assert metrics.adapter_label("n", "a") == "other", "another model's adapter is another adapter"
+    assert metrics.adapter_label("m", "b") == "b"
+
+
+def test_live_adapters_beyond_the_limit_are_a_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("server.snapshot.MAX_ADAPTER_LABELS", 2)
+    infos = [
+        dataclasses.replace(adapter_info(), model=model, name=name, live=live)
+        for model, name, live in (("m", "a", True), ("m", "b", False), ("m", "c", True), ("m", "d", True),
+                                  ("n", "e", True), ("n", "f", True))
+    ]  # fmt: skip
+    metrics = Metrics("1.0")
+    metrics.attach(lambda: dataclasses.replace(snapshot(), adapters=infos))
+    families = {family.name: family for family in text_string_to_metric_families(metrics.render().decode())}
+    shown = {tuple(sample.labels.values()): sample.value for sample in families["whet_adapter_info"].samples}
+    assert shown == {("a", "m", "3"): 1.0, ("c", "m", "3"): 1.0, ("other", "m", ""): 1.0, ("other", "n", ""): 2.0}
