@@ -13,19 +13,20 @@ import zmq.asyncio
 
 from server.workers.messages import JobEvents, Ready, Reply, encode
 from server.workers.pool import WorkerPool
-from tests.faults.workers import MODEL, generate, request, running_pool, until
+from tests.faults.workers import MODEL, generate, on_shared_loop, request, running_pool, until
 
 
+@on_shared_loop
 async def test_strangers_on_the_front_ends_socket_are_ignored(
-    pool: WorkerPool, caplog: pytest.LogCaptureFixture
+    shared_pool: WorkerPool, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Garbage, and well-formed messages from a peer that is no worker, are logged and dropped."""
-    assert pool._link is not None
+    assert shared_pool._link is not None
     context = zmq.asyncio.Context()
     stranger = context.socket(zmq.DEALER)
     stranger.setsockopt(zmq.IDENTITY, b"0-stranger")
     try:
-        stranger.connect(pool._link.endpoint)
+        stranger.connect(shared_pool._link.endpoint)
         with caplog.at_level(logging.WARNING):
             for data in (b"", b"\x00", os.urandom(1000), b"\x81" * 5000):
                 await stranger.send(data)
@@ -35,18 +36,19 @@ async def test_strangers_on_the_front_ends_socket_are_ignored(
             await until(lambda: caplog.text.count("dropped") >= 8)
         assert "no live worker" in caplog.text
         assert "no message" in caplog.text
-        assert pool.snapshot()[0].device == "cpu"
-        assert len(await generate(pool, request(8))) == 8
+        assert shared_pool.snapshot()[0].device == "cpu"
+        assert len(await generate(shared_pool, request(8))) == 8
     finally:
         context.destroy(linger=0)
 
 
-async def test_a_peer_that_speaks_another_protocol_is_ignored(pool: WorkerPool) -> None:
-    assert pool._link is not None
+@on_shared_loop
+async def test_a_peer_that_speaks_another_protocol_is_ignored(shared_pool: WorkerPool) -> None:
+    assert shared_pool._link is not None
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as stranger:
-        stranger.connect(pool._link.endpoint.removeprefix("ipc://"))
+        stranger.connect(shared_pool._link.endpoint.removeprefix("ipc://"))
         stranger.sendall(b"GET / HTTP/1.1\r\nHost: whet\r\n\r\n" + os.urandom(4096))
-        assert len(await generate(pool, request(8))) == 8
+        assert len(await generate(shared_pool, request(8))) == 8
 
 
 async def test_garbage_to_a_worker_is_ignored(

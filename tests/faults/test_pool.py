@@ -30,7 +30,7 @@ from engine.jobs import (
 )
 from engine.request import RequestOutput, SamplingParams
 from server.workers.pool import WorkerPool
-from tests.faults.workers import MODEL, generate, request, running_pool, signal_worker, until
+from tests.faults.workers import MODEL, generate, on_shared_loop, request, running_pool, signal_worker, until
 
 
 def perplexity(num_tokens: int, job_id: str = "ppl") -> PerplexitySpec:
@@ -39,81 +39,85 @@ def perplexity(num_tokens: int, job_id: str = "ppl") -> PerplexitySpec:
     )
 
 
-async def test_requests_and_jobs_are_answered_and_faults_of_one_are_its_own(pool: WorkerPool) -> None:
+@on_shared_loop
+async def test_requests_and_jobs_are_answered_and_faults_of_one_are_its_own(shared_pool: WorkerPool) -> None:
     """Refusals arrive as the engine's errors, with their field, while a stream beside them is not disturbed."""
-    alone = await generate(pool, request(200))
-    beside = asyncio.create_task(generate(pool, request(200)))
+    alone = await generate(shared_pool, request(200))
+    beside = asyncio.create_task(generate(shared_pool, request(200)))
     with pytest.raises(InvalidArgumentError) as refused:
-        await generate(pool, request(prompt=[1, 999_999]))
+        await generate(shared_pool, request(prompt=[1, 999_999]))
     assert refused.value.field == "prompt"
     with pytest.raises(InvalidArgumentError, match="top_p"):
-        await generate(pool, request(sampling=SamplingParams(top_p=2.0)))
+        await generate(shared_pool, request(sampling=SamplingParams(top_p=2.0)))
     with pytest.raises(NotFoundError) as missing:
-        await generate(pool, request(model="nobody"))
+        await generate(shared_pool, request(model="nobody"))
     assert missing.value.reason == "MODEL_NOT_FOUND"
     with pytest.raises(NotFoundError):
-        await generate(pool, request(adapter="nobody"))
+        await generate(shared_pool, request(adapter="nobody"))
     with pytest.raises(NotFoundError):
-        await pool.cancel_job("nobody")
+        await shared_pool.cancel_job("nobody")
     assert await beside == alone
     assert len(alone) == 200
 
 
-async def test_n_completions_all_come_to_their_end(pool: WorkerPool) -> None:
+@on_shared_loop
+async def test_n_completions_all_come_to_their_end(shared_pool: WorkerPool) -> None:
     ends: list[int] = []
-    async with aclosing(pool.generate(request(5, n=3))) as batches:
+    async with aclosing(shared_pool.generate(request(5, n=3))) as batches:
         async for batch in batches:
             ends.extend(output.index for output in batch if output.finish_reason == "length")
     assert sorted(ends) == [0, 1, 2]
 
 
-async def test_a_client_that_goes_away_frees_its_blocks(pool: WorkerPool) -> None:
+@on_shared_loop
+async def test_a_client_that_goes_away_frees_its_blocks(shared_pool: WorkerPool) -> None:
     """Closing the iterator, or cancelling its task, ends the request in the engine."""
 
     def usage() -> float:
-        return pool.snapshot()[0].stats.models[0].kv_cache_usage_ratio
+        return shared_pool.snapshot()[0].stats.models[0].kv_cache_usage_ratio
 
     def running() -> int:
-        return pool.snapshot()[0].stats.models[0].requests_running
+        return shared_pool.snapshot()[0].stats.models[0].requests_running
 
-    batches = pool.generate(request(4000))
+    batches = shared_pool.generate(request(4000))
     await anext(batches)
     tokens: list[int] = []
-    task = asyncio.create_task(generate(pool, request(4000, prompt=[5] * 100), tokens))
+    task = asyncio.create_task(generate(shared_pool, request(4000, prompt=[5] * 100), tokens))
     await until(lambda: tokens and running() == 2)
     assert usage() > 0
     await batches.aclose()
     task.cancel()
     await until(lambda: running() == 0 and usage() == 0)
-    assert pool.num_streams == 0
+    assert shared_pool.num_streams == 0
 
 
-async def test_a_job_reports_and_ends_and_can_be_cancelled_either_way(pool: WorkerPool) -> None:
-    async with aclosing(pool.run_job(perplexity(300))) as events:
+@on_shared_loop
+async def test_a_job_reports_and_ends_and_can_be_cancelled_either_way(shared_pool: WorkerPool) -> None:
+    async with aclosing(shared_pool.run_job(perplexity(300))) as events:
         seen = [event async for event in events]
     assert isinstance(seen[-1], PerplexityFinished)
     assert all(isinstance(event, PerplexityProgress) for event in seen[:-1])
 
-    async with aclosing(pool.run_job(perplexity(200_000))) as events:
+    async with aclosing(shared_pool.run_job(perplexity(200_000))) as events:
         await anext(events)
-    await until(lambda: pool.snapshot()[0].num_jobs == 0)
+    await until(lambda: shared_pool.snapshot()[0].num_jobs == 0)
     with pytest.raises(NotFoundError):
-        await pool.cancel_job("ppl")
+        await shared_pool.cancel_job("ppl")
 
     told: list[object] = []
-    await pool.start_job(perplexity(200_000), told.append)
+    await shared_pool.start_job(perplexity(200_000), told.append)
     with pytest.raises(AlreadyExistsError):
-        await pool.start_job(perplexity(100), told.append)
-    await pool.cancel_job("ppl")
+        await shared_pool.start_job(perplexity(100), told.append)
+    await shared_pool.cancel_job("ppl")
     await until(lambda: told and isinstance(told[-1], JobFailed))
     last = told[-1]
     assert isinstance(last, JobFailed)
     assert last.error_code == "cancelled"
     refused = PerplexitySpec(job_id="bad", model=MODEL, token_ids=[1, 2, 3], stride=0)
     with pytest.raises(InvalidArgumentError, match="stride"):
-        await pool.start_job(refused, told.append)
+        await shared_pool.start_job(refused, told.append)
     with pytest.raises(InvalidArgumentError, match="stride"):
-        await anext(pool.run_job(refused))
+        await anext(shared_pool.run_job(refused))
 
 
 async def test_models_come_and_go_on_every_worker(tiny_llama: Path, tmp_path: Path) -> None:

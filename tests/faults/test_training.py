@@ -33,7 +33,7 @@ from server.workers.jobs import MAX_FRUITLESS_RESTARTS
 from server.workers.pool import WorkerPool
 from tests.faults.workers import MODEL, generate, pid_of, request, running_pool, signal_worker, until
 
-STEPS = 80  # many after the checkpoint at which a worker is killed
+STEPS = 60  # many after the checkpoint at which a worker is killed
 CHECKPOINT_EVERY = 10
 
 
@@ -54,7 +54,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def spec(dataset: Path, run_dir: Path, adapter: str = "tone", **params: Any) -> TrainSpec:
-    values = {"max_steps": STEPS, "checkpoint_every": CHECKPOINT_EVERY, "eval_every": 40, "learning_rate": 1e-2}
+    values = {"max_steps": STEPS, "checkpoint_every": CHECKPOINT_EVERY, "eval_every": 30, "learning_rate": 1e-2}
     return TrainSpec(
         job_id=run_dir.name,
         model=MODEL,

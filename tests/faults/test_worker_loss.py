@@ -13,7 +13,17 @@ import pytest
 from engine.errors import EngineError, UnavailableError
 from engine.jobs import JobFailed, PerplexitySpec
 from server.workers.pool import MAX_ATTEMPTS, WorkerPool
-from tests.faults.workers import MODEL, alive, generate, pid_of, request, running_pool, signal_worker, until
+from tests.faults.workers import (
+    MODEL,
+    alive,
+    generate,
+    on_shared_loop,
+    pid_of,
+    request,
+    running_pool,
+    signal_worker,
+    until,
+)
 
 
 def restarted(pool: WorkerPool, times: int, worker: int = 0) -> bool:
@@ -164,14 +174,15 @@ async def test_a_worker_that_keeps_dying_stays_down_and_health_says_so(tiny_llam
             await pool.load_model("second", tiny_llama)
 
 
+@on_shared_loop
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-async def test_signals_to_the_group_are_the_parents_affair(pool: WorkerPool, number: signal.Signals) -> None:
+async def test_signals_to_the_group_are_the_parents_affair(shared_pool: WorkerPool, number: signal.Signals) -> None:
     """Ctrl-C, systemd and timeout(1) signal the whole process group: a worker must not drop its streams at that."""
     tokens: list[int] = []
-    stream = asyncio.create_task(generate(pool, request(1000), tokens))
+    stream = asyncio.create_task(generate(shared_pool, request(1000), tokens))
     await until(lambda: tokens)
-    before = signal_worker(pool, number)
+    before = signal_worker(shared_pool, number)
     assert len(await stream) == 1000
-    assert len(await generate(pool, request(8))) == 8
-    assert pid_of(pool) == before
-    assert pool.snapshot()[0].restarts == 0
+    assert len(await generate(shared_pool, request(8))) == 8
+    assert pid_of(shared_pool) == before
+    assert shared_pool.snapshot()[0].restarts == 0

@@ -11,6 +11,8 @@ from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from engine.config import EngineConfig
 from engine.request import Request, SamplingParams
 from server.workers.pool import WorkerPool
@@ -18,6 +20,9 @@ from server.workers.replica import SupervisionConfig
 
 MODEL = "tiny"
 CONTEXT = 4096
+on_shared_loop = pytest.mark.asyncio(loop_scope="module")
+"""Of tests with the fixture ``shared_pool``."""
+
 _ids = itertools.count()
 
 

@@ -249,7 +249,7 @@ def test_a_message_over_the_limit_is_refused(start_server: Callable[..., ServerP
 
 
 def test_a_drain_lets_streams_finish_and_takes_no_new_work(start_server: Callable[..., ServerProcess]) -> None:
-    server = start_server("--drain-seconds", "20")
+    server = start_server("--drain-seconds", "60")
     stubs = Stubs(server.address)
     stream = stubs.generation.Generate(request(max_tokens=480, n=16, temperature=1.0), timeout=TIMEOUT)
     events = [next(iter(stream))]
@@ -262,7 +262,7 @@ def test_a_drain_lets_streams_finish_and_takes_no_new_work(start_server: Callabl
     stubs.model.ListModels(model_pb2.ListModelsRequest(), timeout=TIMEOUT)  # reading is no work
     reply = Reply([*events, *stream])
     assert reply.finished.usage.completion_tokens == 16 * 480
-    assert server.process.wait(30) == 0
+    assert server.process.wait(60) == 0
     stubs.close()
 
 

@@ -123,7 +123,7 @@ def test_a_run_may_end_with_its_caller(stubs: Stubs) -> None:
 
 def test_a_cancelled_run_can_go_on(stubs: Stubs) -> None:
     name = next(names)
-    params = {"max_steps": 200, "checkpoint_every": 20}  # many after the first checkpoint, when the cancel is sent
+    params = {"max_steps": 80, "checkpoint_every": 4}  # many after the first checkpoint, when the cancel is sent
     call = stubs.training.Train(train_messages(adapter=name, params=params), timeout=TIMEOUT)
     responses = iter(call)
     for response in responses:
@@ -137,8 +137,8 @@ def test_a_cancelled_run_can_go_on(stubs: Stubs) -> None:
         response.event
         for response in stubs.training.ResumeRun(training_pb2.ResumeRunRequest(run_id=run_id), timeout=TIMEOUT)
     ]
-    assert resumed[0].started.resumed_from_step >= 20
-    assert resumed[-1].finished.step == 200
+    assert resumed[0].started.resumed_from_step >= 4
+    assert resumed[-1].finished.step == 80
     whole = watch(stubs, run_id)
     assert kinds(whole).count("finished") == 1
     assert [event.sequence for event in whole] == list(range(len(whole)))
@@ -254,7 +254,7 @@ def test_a_run_outlives_its_worker(start_server: Callable[..., ServerProcess]) -
     """It goes on from its last checkpoint in the next worker, and says so; a watcher misses and repeats nothing."""
     server = start_server()
     stubs = Stubs(server.address)
-    params = {"max_steps": 240, "checkpoint_every": 20}  # many after the second checkpoint, when the kill is sent
+    params = {"max_steps": 120, "checkpoint_every": 10}  # many after the second checkpoint, when the kill is sent
     call = stubs.training.Train(train_messages(params=params, held_out=examples(2)), timeout=TIMEOUT)
     events: list[training_pb2.TrainEvent] = []
     saved: list[int] = []
@@ -270,7 +270,7 @@ def test_a_run_outlives_its_worker(start_server: Callable[..., ServerProcess]) -
     starts = [event.started for event in events if event.WhichOneof("event") == "started"]
     assert len(starts) == 2
     assert starts[1].resumed_from_step >= saved[1]
-    assert events[-1].finished.step == 240
+    assert events[-1].finished.step == 120
     assert watch(stubs, events[0].run_id) == events
     stubs.close()
 
