@@ -91,7 +91,7 @@ class ServerProcess:
     def get(self, path: str) -> tuple[int, str]:
         """Status and body of a GET on the plain HTTP port."""
         try:
-            with urllib.request.urlopen(f"http://{self.http}{path}", timeout=10) as reply:
+            with urllib.request.urlopen(f"http://{self.http}{path}", timeout=60) as reply:
                 return reply.status, reply.read().decode()
         except urllib.error.HTTPError as error:
             return error.code, error.read().decode()
@@ -176,7 +176,7 @@ class Stubs:
 
     def is_serving(self, name: str = "") -> bool:
         """What the health service says of a name."""
-        status = self.health.Check(health_pb2.HealthCheckRequest(service=name), timeout=10).status
+        status = self.health.Check(health_pb2.HealthCheckRequest(service=name), timeout=60).status
         return bool(status == health_pb2.HealthCheckResponse.SERVING)
 
 

@@ -245,7 +245,7 @@ def test_two_imports_at_once_with_one_request_id_make_one_version(stubs: Stubs, 
 
     def slowly() -> Iterator[model_pb2.ImportAdapterRequest]:
         yield messages[0]
-        begun.wait(10)
+        begun.wait(TIMEOUT)
         yield from messages[1:]
 
     with ThreadPoolExecutor(2) as threads:
@@ -265,7 +265,7 @@ def test_an_import_that_lost_its_caller_leaves_the_id_to_the_next(stubs: Stubs, 
         threading.Event().wait(TIMEOUT)
 
     first = stubs.model.ImportAdapter.future(stuck(), timeout=TIMEOUT)
-    assert arrived.wait(10)
+    assert arrived.wait(TIMEOUT)
     with ThreadPoolExecutor(1) as threads:
         second = threads.submit(stubs.model.ImportAdapter, iter(messages), timeout=TIMEOUT)
         first.cancel()

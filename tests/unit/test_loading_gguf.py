@@ -21,7 +21,7 @@ from engine.loading.gguf_file import GGUFFile
 from tests.unit.loading_files import llama_metadata, llama_tensors, write_gguf
 
 FUZZ_SECONDS = 10.0
-"""Generous, for a busy machine: what it catches are loops over counts that a file claims."""
+"""Of this process, whoever else wants the cores: what it catches are loops over counts that a file claims."""
 
 
 @pytest.fixture(scope="module")
@@ -221,11 +221,11 @@ def test_hostile_headers_are_refused_at_once(tmp_path: Path, case: str) -> None:
     content, named = HOSTILE[case]
     path = tmp_path / "hostile.gguf"
     path.write_bytes(content)
-    started = time.monotonic()
+    started = time.process_time()
     with pytest.raises(FormatError, match=named) as caught:
         _ = GGUFFile(path).tensors
     assert "hostile.gguf" in str(caught.value)
-    assert time.monotonic() - started < FUZZ_SECONDS
+    assert time.process_time() - started < FUZZ_SECONDS
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -252,14 +252,14 @@ def test_fuzzed_files_raise_format_errors_alone(tiny: Path, tmp_path: Path, data
             break
     path = tmp_path / "fuzzed.gguf"
     path.write_bytes(content)
-    started = time.monotonic()
+    started = time.process_time()
     fault = path.name
     try:
         read_all(path)
     except FormatError as error:
         fault = str(error)
     assert path.name in fault
-    assert time.monotonic() - started < FUZZ_SECONDS
+    assert time.process_time() - started < FUZZ_SECONDS
 
 
 def test_unknown_tensors_are_named(tmp_path: Path) -> None:

@@ -121,11 +121,11 @@ HOSTILE = [
 
 @pytest.mark.parametrize("source", HOSTILE, ids=range(len(HOSTILE)))
 def test_hostile_templates_end_in_a_typed_error_soon(source: str) -> None:
-    """FormatError (or InvalidArgumentError, of which it is one), within a bounded time."""
-    started = time.monotonic()
+    """FormatError (or InvalidArgumentError, of which it is one), within a bounded time of this process."""
+    started = time.process_time()
     with pytest.raises(InvalidArgumentError):
         render(source)
-    assert time.monotonic() - started < 3 * MAX_SECONDS
+    assert time.process_time() - started < 3 * MAX_SECONDS
 
 
 def test_a_refusal_reaches_the_caller_with_its_words() -> None:
