@@ -4,12 +4,13 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: help env install demo test check bench proto docs format tiny-hybrid clean
+.PHONY: help env install demo test check bench bench-peers proto docs format tiny-hybrid clean
 help:
 	@echo "make demo    run everything once on a real model: chat, LoRA, perplexity, quantization, embeddings"
 	@echo "make test    run the tests"
 	@echo "make check   ruff, mypy, import-linter, proto lint, freshness of the stubs, Dockerfile lint"
-	@echo "make bench   measure; one JSON line a measure"
+	@echo "make bench   measure; a JSON line for each measure and peer that is installed"
+	@echo "make bench-peers  install the peers of make bench in .peers; builds llama.cpp, in about 15 minutes"
 	@echo "make tiny-hybrid  train tests/models/tiny-hybrid anew, in about an hour of one core"
 	@echo "make env     make $(VENV) with everything pinned by constraints.txt"
 	@echo "make proto   regenerate the gRPC stubs"
@@ -64,8 +65,11 @@ docs: env
 bench: env
 	$(BIN)/python -m tests.bench
 
+bench-peers: env
+	$(BIN)/python -m scripts.bench_peers
+
 tiny-hybrid: env
 	$(BIN)/python -m scripts.tiny_hybrid
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info client/*.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) .peers build dist *.egg-info client/*.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,135 +1,133 @@
-"""Training, embedding and scoring on the engine in this process."""
+"""Training, embedding and scoring."""
 
 from __future__ import annotations
 
 import itertools
 import statistics
-import time
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import torch
 
-from engine.jobs import EmbedSpec, LoRAParams, PerplexitySpec, TokenizedExample, TrainParams, TrainSpec, TrainStep
-from engine.training.dataset import write_dataset
-from tests.bench.setup import EMBEDDER, GENERATOR, HYBRID, Bench, load_reference, random_tokens, run_job, seconds
+from engine.jobs import EmbedSpec, PerplexitySpec
+from tests.bench.models import EMBEDDER, GENERATOR, HYBRID
+from tests.bench.peers import EMBEDDERS, llama_cpp
+from tests.bench.serving import Sides, llama_files
+from tests.bench.setup import OURS, Bench
+from tests.bench.work import random_tokens, run_job, seconds
 
 _numbers = itertools.count()
+ATTENTION_TARGETS = ["q_proj", "v_proj"]
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 DELTA_NET_TARGETS = ["in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "out_proj"]
 RANK = 8
+PEFT = "transformers + peft"
 
 
-def _train_rate(bench: Bench, name: str, targets: list[str], batch_size: int) -> float:
-    """Tokens per second of a LoRA run's steps, the first left out: it pays for what later ones find ready."""
+def _train(bench: Bench, measure: str, name: str, targets: list[str], batch: int, tokens: int) -> None:
+    """Speed and peak memory, each side in a process of its own."""
     scale = bench.scale
-    run_id = f"train-{next(_numbers)}"
-    run_dir = bench.work_dir / run_id
-    mask = [False] + [True] * (scale.train_tokens - 1)
-    examples = [
-        TokenizedExample(token_ids=random_tokens(scale.train_tokens, seed), loss_mask=mask)
-        for seed in range(batch_size * scale.train_steps)
-    ]
-    write_dataset(run_dir / "dataset.safetensors", examples)
-    spec = TrainSpec(
-        job_id=run_id,
-        model=name,
-        adapter="bench",
-        lora=LoRAParams(rank=RANK, alpha=16.0, target_modules=targets),
-        params=TrainParams(
-            batch_size=batch_size,
-            max_steps=scale.train_steps,
-            max_seq_len=scale.train_tokens,
-            shuffle=False,
-            compute_dtype="float32",
-        ),
-        dataset_path=str(run_dir / "dataset.safetensors"),
-        run_dir=str(run_dir),
-    )
-    steps = [event for event in run_job(bench.load(name), spec) if isinstance(event, TrainStep) and event.step > 1]
-    return statistics.median(step.num_tokens / step.step_seconds for step in steps if step.step_seconds)
 
+    def side(which: str) -> Callable[[], dict[str, Any]]:
+        path = bench.models.path(name) if which == OURS else bench.models.reference_path(name)
+        command = [sys.executable, "-m", "tests.bench.peers.lora_process", which, str(path), str(bench.work_dir)]
+        numbers = (RANK, batch, tokens, scale.train_steps, bench.threads)
+        command += [",".join(targets), *map(str, numbers)]
+        return lambda: bench.process(f"lora {which}", command).ask()
 
-class _ReferenceTrainer:
-    """The same run by peft and transformers: the same rank, targets, optimizer and shapes."""
-
-    def __init__(self, bench: Bench, name: str, targets: list[str], batch_size: int) -> None:
-        from peft import LoraConfig, get_peft_model
-
-        self._scale = bench.scale
-        self._batch_size = batch_size
-        config = LoraConfig(r=RANK, lora_alpha=16, target_modules=targets, task_type="CAUSAL_LM")
-        bench.forget_reference(name)
-        self._model = get_peft_model(load_reference(bench.path(name), name), config).train()
-        parameters = [parameter for parameter in self._model.parameters() if parameter.requires_grad]
-        self._optimizer = torch.optim.AdamW(parameters, lr=1e-4, weight_decay=0.0)
-        self._parameters = parameters
-
-    def rate(self) -> float:
-        """Tokens per second, the first step left out."""
-        scale, taken = self._scale, []
-        for step in range(scale.train_steps):
-            batch = torch.tensor(
-                [random_tokens(scale.train_tokens, step * self._batch_size + row) for row in range(self._batch_size)]
-            )
-            began = time.perf_counter()
-            self._model(input_ids=batch, labels=batch, use_cache=False).loss.backward()
-            torch.nn.utils.clip_grad_norm_(self._parameters, 1.0)
-            self._optimizer.step()
-            self._optimizer.zero_grad()
-            taken.append(batch.numel() / (time.perf_counter() - began))
-        return statistics.median(taken[1:])
-
-
-def _train(bench: Bench, measure: str, name: str, targets: list[str], batch_size: int) -> None:
-    sides = {"whet": lambda: _train_rate(bench, name, targets, batch_size)}
-    if bench.compare:
-        sides["transformers"] = _ReferenceTrainer(bench, name, targets, batch_size).rate
-    scale = bench.scale
-    bench.report(
-        measure,
-        "tokens/s",
-        name,
-        bench.medians(sides, rounds=scale.train_rounds, warm_up=0),
-        rounds=scale.train_rounds,
-        batch=batch_size,
-        seq_len=scale.train_tokens,
-    )
+    sides = {OURS: side(OURS)}
+    if bench.peers.has_module("transformers", "peft"):
+        sides[PEFT] = side("transformers")
+    taken = bench.samples(sides, rounds=scale.train_rounds, warm_up=0)
+    work = bench.counts(name).lora_step(batch * tokens, context=tokens / 2)
+    floor = batch * tokens / work.seconds(bench.limits)
+    more = {"batch": batch, "seq_len": tokens, "rank": RANK, "targets": targets}
+    rates = {which: [answer["rate"] for answer in answers] for which, answers in taken.items()}
+    bench.report(measure, "tokens/s", name, rates, floor=floor, **more)
+    peaks = {which: [float(answer["peak_bytes"]) for answer in answers] for which, answers in taken.items()}
+    bench.report(f"{measure}_memory", "bytes", name, peaks, **more)
 
 
 def train(bench: Bench) -> None:
-    """Tokens per second of a LoRA run on all linear layers."""
-    _train(bench, "train", GENERATOR, TARGETS, bench.scale.train_batch)
+    """Tokens per second, and peak memory, of a LoRA run on all linear layers."""
+    _train(bench, "train", GENERATOR, TARGETS, bench.scale.train_batch, bench.scale.train_tokens)
+
+
+def train_qv(bench: Bench) -> None:
+    """The same on q_proj and v_proj."""
+    _train(bench, "train_qv", GENERATOR, ATTENTION_TARGETS, bench.scale.train_batch, bench.scale.train_tokens)
 
 
 def hybrid_train_qv(bench: Bench) -> None:
-    """Tokens per second of a LoRA run on q_proj and v_proj of the hybrid, one example a step."""
-    _train(bench, "hybrid_train_qv", HYBRID, ["q_proj", "v_proj"], 1)
+    """The same on q_proj and v_proj of the hybrid, one example a step."""
+    _train(bench, "hybrid_train_qv", HYBRID, ATTENTION_TARGETS, 1, bench.scale.hybrid_train_tokens)
 
 
 def hybrid_train_all(bench: Bench) -> None:
-    """Tokens per second of a LoRA run on all linear layers of the hybrid, one example a step."""
-    _train(bench, "hybrid_train_all", HYBRID, TARGETS + DELTA_NET_TARGETS, 1)
+    """The same on all linear layers of the hybrid, one example a step."""
+    targets = TARGETS + DELTA_NET_TARGETS
+    _train(bench, "hybrid_train_all", HYBRID, targets, 1, bench.scale.hybrid_train_tokens)
 
 
 def embed(bench: Bench) -> None:
-    """Texts of equal length per second, mean-pooled."""
+    """Short texts of different lengths per second, mean-pooled, as token ids, in batches."""
     scale = bench.scale
     engine = bench.load(EMBEDDER)
+    spread = scale.embed_tokens // 4
+    lengths = [scale.embed_tokens - spread + number % (2 * spread + 1) for number in range(scale.embed_texts)]
+
+    def inputs() -> list[list[int]]:
+        return [random_tokens(length) for length in lengths]
 
     def ours() -> float:
-        inputs = [random_tokens(scale.embed_tokens) for _ in range(scale.embed_texts)]
-        spec = EmbedSpec(job_id=f"embed-{next(_numbers)}", model=EMBEDDER, inputs=inputs, pooling="mean")
-        return scale.embed_texts / seconds(lambda: run_job(engine, spec))
+        texts = inputs()
 
-    @torch.inference_mode()
-    def reference() -> float:
+        def run() -> None:
+            for start in range(0, len(texts), scale.embed_batch):
+                batch = texts[start : start + scale.embed_batch]
+                run_job(
+                    engine,
+                    EmbedSpec(job_id=f"embed-{next(_numbers)}", model=EMBEDDER, inputs=batch, pooling="mean"),
+                )
+
+        return len(texts) / seconds(run)
+
+    def transformers() -> float:
         model = bench.reference(EMBEDDER)
-        inputs = torch.tensor([random_tokens(scale.embed_tokens) for _ in range(scale.embed_texts)])
-        return scale.embed_texts / seconds(
-            lambda: torch.nn.functional.normalize(model(inputs).last_hidden_state.mean(1), dim=-1).tolist()
-        )
+        texts = inputs()
 
-    sides = {"whet": ours} | ({"transformers": reference} if bench.compare else {})
-    bench.report("embed", "texts/s", EMBEDDER, bench.medians(sides), tokens_per_text=scale.embed_tokens)
+        @torch.inference_mode()
+        def run() -> None:
+            for start in range(0, len(texts), scale.embed_batch):
+                batch = texts[start : start + scale.embed_batch]
+                width = max(map(len, batch))
+                ids = torch.tensor([text + [0] * (width - len(text)) for text in batch])
+                mask = torch.tensor([[1] * len(text) + [0] * (width - len(text)) for text in batch])
+                hidden = model(ids, attention_mask=mask).last_hidden_state * mask[..., None]
+                pooled = hidden.sum(1) / mask.sum(1, keepdim=True)
+                torch.nn.functional.normalize(pooled, dim=-1).tolist()
+
+        return len(texts) / seconds(run)
+
+    sides: Sides = {OURS: ours}
+    if bench.quick:
+        if bench.peers.has_module("transformers"):
+            sides["transformers"] = transformers
+    elif (python := bench.peers.python(EMBEDDERS)) is not None:
+        for peer in ("onnxruntime", "sentence-transformers"):
+            script = Path(__file__).parent / "peers" / "embedding_process.py"
+            command = [str(python), str(script), peer, str(bench.models.path(EMBEDDER)), str(bench.work_dir)]
+            process = bench.process(peer, [*command, str(bench.threads)])
+            bench.know_version(peer, process.ready["version"])
+            sides[peer] = lambda process=process: (  # type: ignore[misc]
+                len(lengths) / process.ask(inputs=inputs(), batch_size=scale.embed_batch)["seconds"]
+            )
+    mean = statistics.mean(lengths)
+    least = bench.counts(EMBEDDER).forward(sum(lengths), context=mean, heads=0).seconds(bench.limits)
+    more = {"texts": len(lengths), "batch": scale.embed_batch, "tokens_per_text": mean}
+    bench.compared("embed", "texts/s", EMBEDDER, sides, floor=len(lengths) / least, **more)
 
 
 def perplexity(bench: Bench) -> None:
@@ -160,7 +158,36 @@ def perplexity(bench: Bench) -> None:
             if end == len(token_ids):
                 break
 
-    sides = {"whet": ours}
-    if bench.compare:
+    sides: Sides = {OURS: ours}
+    if bench.peers.has_module("transformers"):
         sides["transformers"] = lambda: num_scored / seconds(run_reference)
-    bench.report("perplexity", "tokens/s", GENERATOR, bench.medians(sides), window=window, stride=stride)
+    sides |= _llama_perplexity(bench, window, scale.perplexity_tokens)
+    # Each window but the first scores its latter half.
+    share = bench.counts(GENERATOR).forward(window, context=window / 2, heads=stride)
+    floor = stride / share.seconds(bench.limits)
+    int8 = round(stride / share.seconds(bench.limits, int8=True), 1)
+    bench.compared(
+        "perplexity", "tokens/s", GENERATOR, sides, floor=floor, floor_int8=int8, window=window, stride=stride
+    )
+
+
+def _llama_perplexity(bench: Bench, window: int, tokens: int) -> Sides:
+    """llama-perplexity: windows side by side, of each the latter half scored, which is the same work for a token."""
+    files = llama_files(bench, GENERATOR)
+    binary = bench.peers.binary("llama-perplexity") if files else None
+    if binary is None:
+        return {}
+    bench.know_version("llama.cpp", llama_cpp.version(binary))
+    wide = bench.models.gguf("F16")
+    assert wide is not None
+    chunks = max(2, tokens // window)
+    text = bench.work_dir / "perplexity.txt"
+    text.write_text(" ".join(map(str, range(chunks * window))), encoding="utf-8")  # a token each, or more
+    return {
+        f"llama.cpp {label}": lambda path=path: (  # type: ignore[misc]
+            chunks
+            * (window // 2)
+            / llama_cpp.perplexity_seconds(binary, path, bench.threads, text, context=window, chunks=chunks)
+        )
+        for label, path in (files | {"F16": wide}).items()
+    }

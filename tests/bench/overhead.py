@@ -1,93 +1,154 @@
-"""What the way through gRPC, front end and worker costs, against the engine alone."""
+"""What the way through gRPC, front end and worker costs, against the engine alone; and starting, against
+llama-server."""
 
 from __future__ import annotations
 
-import contextlib
 import itertools
-import subprocess
-import sys
+import threading
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
-import grpc
+from tests.bench.models import GENERATOR
+from tests.bench.peers import llama_cpp
+from tests.bench.server_process import cpu_seconds, resident_bytes, running_server
+from tests.bench.serving import decode_rate, llama_files
+from tests.bench.setup import OURS, Bench
+from tests.bench.work import random_tokens, request, seconds
+from whet import Client
 
-from tests.bench.setup import GENERATOR, Bench, random_tokens, request, seconds
-from whet.v1 import common_pb2, generation_pb2, generation_pb2_grpc
-
-_ROOT = Path(__file__).resolve().parents[2]
 _numbers = itertools.count()
+ENGINE = "engine alone"
+FULL_RATE = 2000
+"""Tokens per second at which the front end is to be within one core."""
 
 
-@contextlib.contextmanager
-def running_server(bench: Bench) -> Iterator[str]:
-    """A server of its own process on the generating model; yields its gRPC address."""
-    command = [sys.executable, "-m", "server", "--host", "127.0.0.1", "--port", "0", "--metrics-port", "0"]
-    command += ["--model", f"{GENERATOR}={bench.path(GENERATOR)}", "--threads", str(bench.threads)]
-    command += ["--state-dir", str(bench.work_dir / "server"), "--device", "cpu", "--dtype", "float32"]
-    command += ["--log-level", "warning", "--drain-seconds", "0"]
-    process = subprocess.Popen(command, cwd=_ROOT, stdout=subprocess.PIPE, text=True)
-    try:
-        assert process.stdout is not None
-        ready = process.stdout.readline()
-        fields = dict(part.split("=", 1) for part in ready.split() if "=" in part)
-        if "grpc" not in fields:
-            raise SystemExit(f"the server did not start; its log is above ({ready!r})")
-        yield fields["grpc"]
-    finally:
-        process.terminate()
-        try:
-            process.wait(30)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+def _arrivals(client: Client, bench: Bench, new_tokens: int) -> Iterator[tuple[float, int]]:
+    """When tokens of one stream came, and how many."""
+    prompt = random_tokens(bench.scale.prompt_tokens)
+    stream = client.generate(prompt, model=GENERATOR, max_tokens=new_tokens, temperature=0.0, ignore_eos=True)
+    with stream:
+        for chunk in stream:
+            if chunk.token_ids:
+                yield time.perf_counter(), len(chunk.token_ids)
+
+
+def _sdk_decode_rate(client: Client, bench: Bench) -> float:
+    """Tokens per second of one stream, from its first token on."""
+    arrivals = list(_arrivals(client, bench, bench.scale.new_tokens))
+    total = sum(count for _, count in arrivals)
+    if total != bench.scale.new_tokens:
+        raise SystemExit(f"{bench.scale.new_tokens} tokens were asked for, {total} came")
+    return (total - arrivals[0][1]) / (arrivals[-1][0] - arrivals[0][0])
+
+
+def _sdk_total_rate(client: Client, bench: Bench, streams: int, new_tokens: int) -> float:
+    """Tokens per second of streams that begin together, prompts included, from threads of one client."""
+    counts = [0] * streams
+
+    def run(index: int) -> None:
+        counts[index] = sum(count for _, count in _arrivals(client, bench, new_tokens))
+
+    threads = [threading.Thread(target=run, args=(index,)) for index in range(streams)]
+
+    def all_of_them() -> None:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+
+    taken = seconds(all_of_them)
+    if set(counts) != {new_tokens}:
+        raise SystemExit(f"{new_tokens} tokens were asked for of each stream; {counts} came")
+    return streams * new_tokens / taken
+
+
+def _engine_total_rate(bench: Bench, streams: int, new_tokens: int) -> float:
+    """The same by the engine in this process."""
+    engine = bench.load(GENERATOR)
+    prompts = [random_tokens(bench.scale.prompt_tokens) for _ in range(streams)]
+    asked = [request(f"grpc-{next(_numbers)}", prompt, new_tokens, GENERATOR) for prompt in prompts]
+
+    def run() -> None:
+        for each in asked:
+            engine.add_request(each)
+        while engine.has_requests():
+            engine.step()
+
+    return streams * new_tokens / seconds(run)
 
 
 def grpc_overhead(bench: Bench) -> None:
-    """Microseconds per token that one stream loses between the engine and a client of the server, and the rate of
-    eight streams through the server."""
+    """Tokens per second of one stream through the SDK; the ratio is to the engine alone, in this process."""
+    with running_server(bench) as server, Client(server.address) as client:
+        sides = {OURS: lambda: _sdk_decode_rate(client, bench), ENGINE: lambda: decode_rate(bench, GENERATOR, 1)}
+        taken = bench.samples(sides)
+    lost = sum(1 / rate for rate in taken[OURS]) / len(taken[OURS])
+    lost -= sum(1 / rate for rate in taken[ENGINE]) / len(taken[ENGINE])
+    bench.report("grpc_overhead", "tokens/s", GENERATOR, taken, lost_microseconds_per_token=round(lost * 1e6, 1))
+
+
+def grpc_64(bench: Bench) -> None:
+    """Tokens per second of 64 streams that begin together, through the SDK; the ratio is to the engine alone."""
+    streams, new_tokens = bench.scale.many_streams, bench.scale.new_tokens // 2
+    with running_server(bench) as server, Client(server.address) as client:
+        sides = {
+            OURS: lambda: _sdk_total_rate(client, bench, streams, new_tokens),
+            ENGINE: lambda: _engine_total_rate(bench, streams, new_tokens),
+        }
+        taken = bench.samples(sides)
+    bench.report("grpc_64", "tokens/s", GENERATOR, taken, streams=streams, new_tokens=new_tokens)
+
+
+def front_end(bench: Bench) -> None:
+    """Cores that the front end takes for 2,000 tokens a second in 64 streams, by its own processor time per token; of
+    a tiny model, whose worker is fast enough."""
     scale = bench.scale
-    engine = bench.load(GENERATOR)
-
-    def alone() -> float:
-        asked = request(f"alone-{next(_numbers)}", random_tokens(scale.prompt_tokens), scale.new_tokens)
-        engine.add_request(asked)
-        while not any(output.token_ids for output in engine.step()):
-            pass
-
-        def run() -> None:
-            while engine.has_requests():
-                engine.step()
-
-        return seconds(run) / (scale.new_tokens - 1)
-
-    with running_server(bench) as address, grpc.insecure_channel(address) as channel:
-        stub = generation_pb2_grpc.GenerationServiceStub(channel)
-
-        def through_server() -> float:
-            call = stub.Generate(
-                generation_pb2.GenerateRequest(
-                    model=GENERATOR,
-                    prompt=common_pb2.Prompt(token_ids=common_pb2.TokenIds(ids=random_tokens(scale.prompt_tokens))),
-                    sampling=generation_pb2.SamplingParams(
-                        temperature=0.0, max_tokens=scale.new_tokens, ignore_eos=True
-                    ),
-                )
-            )
-            arrivals: list[tuple[float, int]] = []
-            for response in call:
-                if response.WhichOneof("event") == "delta" and response.delta.token_ids:
-                    arrivals.append((time.perf_counter(), len(response.delta.token_ids)))
-            assert sum(count for _, count in arrivals) == scale.new_tokens
-            return (arrivals[-1][0] - arrivals[0][0]) / (scale.new_tokens - arrivals[0][1])
-
-        medians = bench.medians({"engine": alone, "server": through_server})
+    streams, new_tokens = scale.many_streams, scale.new_tokens * 2
+    cores, rates = [], []
+    with running_server(bench, model=bench.models.tiny()) as server, Client(server.address) as client:
+        for round_ in range(-1, bench.rounds or scale.rounds):
+            before = cpu_seconds(server.pid)
+            rate = _sdk_total_rate(client, bench, streams, new_tokens)
+            if round_ >= 0:
+                per_token = (cpu_seconds(server.pid) - before) / (streams * new_tokens)
+                cores.append(per_token * FULL_RATE)
+                rates.append(rate)
+    rate = sorted(rates)[len(rates) // 2]
     bench.report(
-        "grpc_overhead",
-        "microseconds/token",
-        GENERATOR,
-        {"whet": (medians["server"] - medians["engine"]) * 1e6},
-        engine_seconds_per_token=round(medians["engine"], 6),
-        server_seconds_per_token=round(medians["server"], 6),
-        ratio=round(medians["server"] / medians["engine"], 4),
-    )
+        "front_end", "cores", GENERATOR, {OURS: cores}, tokens_per_second=round(rate, 1), streams=streams,
+        at_tokens_per_second=FULL_RATE, served="tiny-llama",
+    )  # fmt: skip
+
+
+def start(bench: Bench) -> None:
+    """Seconds until a server is ready, and its memory after one short answer."""
+    taken: dict[str, list[tuple[float, float]]] = {OURS: []}
+    listening: list[float] = []
+    prompt = random_tokens(bench.scale.prompt_tokens, seed=0)
+
+    def ours() -> tuple[float, float]:
+        with running_server(bench) as server, Client(server.address) as client:
+            client.complete(prompt, model=GENERATOR, max_tokens=4, temperature=0.0, ignore_eos=True)
+            if server.listen_seconds is not None:
+                listening.append(server.listen_seconds)
+            return server.start_seconds, float(resident_bytes(server.pid))
+
+    sides = {OURS: ours}
+    files = llama_files(bench, GENERATOR)
+    binary = bench.peers.binary("llama-server") if files else None
+    if binary is not None:
+        bench.know_version("llama-server", llama_cpp.version(binary))
+    for label, path in files.items() if binary is not None else ():
+
+        def theirs(path: object = path) -> tuple[float, float]:
+            with llama_cpp.llama_server(binary, path, bench.threads, streams=8, context=512) as server:  # type: ignore[arg-type]
+                server.complete(prompt, 4)
+                return server.start_seconds, float(resident_bytes(server.pid))
+
+        sides[f"llama-server {label}"] = theirs
+    taken = bench.samples(sides, rounds=bench.scale.start_rounds)
+    times = {side: [each[0] for each in values] for side, values in taken.items()}
+    listens = round(sorted(listening)[len(listening) // 2], 3) if listening else None
+    bench.report("start", "seconds", GENERATOR, times, listens_after_seconds=listens)
+    memory = {side: [each[1] for each in values] for side, values in taken.items()}
+    bench.report("start_memory", "bytes", GENERATOR, memory)

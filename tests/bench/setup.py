@@ -1,30 +1,36 @@
-"""What every measure stands on: models, an engine in this process, the reference, and a way to compare them."""
+"""One run of the benchmark: sizes, engines, peers, and a way to compare them and to report."""
 
 from __future__ import annotations
 
+import contextlib
+import datetime
+import importlib.metadata
 import json
-import random
+import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from engine.config import EngineConfig
 from engine.engine import Engine
-from engine.jobs import TERMINAL_EVENTS, JobEvent, JobFailed, JobSpec
-from engine.loading.defaults import embedded_models
-from engine.request import Request, SamplingParams
-from tests.bench.hybrid_model import QWEN3_5_0_8B, save_hybrid
-from tests.tiny import save_tiny_hybrid
+from tests.bench.counts import Counts, count
+from tests.bench.hybrid_model import QWEN3_5_0_8B
+from tests.bench.machine import Limits, machine_name, measure_limits
+from tests.bench.models import EMBEDDER, GENERATOR_FLOAT, Models, load_reference
+from tests.bench.peers import Peers
+from tests.bench.peers.process import PeerProcess
 
-GENERATOR = "generator"
-EMBEDDER = "embedder"
-HYBRID = "hybrid"
-DEFAULT_MODELS = {GENERATOR: "smollm2-135m", EMBEDDER: "all-minilm-l6-v2"}
+T = TypeVar("T")
+
+OURS = "whet"
+CACHE_BYTES = 512 << 20
+LOWER_IS_BETTER = frozenset({"seconds", "bytes", "microseconds/token", "cores"})
+"""Units whose ratio is the peer's value over ours; of all others, ours over the peer's."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,21 +41,28 @@ class Scale:
         rounds: repetitions, each side in turn; the median counts.
         train_rounds: those of training, where each is a median over steps already.
         warm_up: rounds before those, which are thrown away.
+        embed_tokens: mean length; texts are up to a quarter shorter or longer.
     """
 
     rounds: int = 5
     warm_up: int = 1
     prompt_tokens: int = 128
-    new_tokens: int = 32
+    new_tokens: int = 64
     prefill_tokens: int = 512
+    streams: int = 8
+    stream_prompt_tokens: int = 100
     train_batch: int = 4
-    train_tokens: int = 128
+    train_tokens: int = 256
+    hybrid_train_tokens: int = 128
     train_steps: int = 4
-    train_rounds: int = 2
-    embed_texts: int = 64
+    train_rounds: int = 5
+    embed_texts: int = 128
+    embed_batch: int = 32
     embed_tokens: int = 32
-    perplexity_tokens: int = 1024
+    perplexity_tokens: int = 2048
     perplexity_window: int = 512
+    many_streams: int = 64
+    start_rounds: int = 5
 
 
 FULL = Scale()
@@ -59,14 +72,20 @@ QUICK = Scale(
     prompt_tokens=16,
     new_tokens=8,
     prefill_tokens=64,
+    streams=3,
+    stream_prompt_tokens=10,
     train_batch=2,
     train_tokens=16,
+    hybrid_train_tokens=16,
     train_steps=3,
     train_rounds=1,
     embed_texts=4,
+    embed_batch=4,
     embed_tokens=8,
     perplexity_tokens=128,
     perplexity_window=32,
+    many_streams=4,
+    start_rounds=1,
 )
 
 
@@ -76,11 +95,14 @@ class Bench:
 
     Args:
         work_dir: for everything that is written.
-        quick: a tiny random model and sizes that only show that the measures work.
-        threads: of torch, here and in the server.
+        quick: tiny random models and sizes that only show that the measures work.
+        threads: of torch, here, in the server and in every peer.
         model: of generation, training and perplexity; None: SmolLM2-135M of the demo packages.
-        compare: measure transformers beside, where it can do the same.
+        compare: measure the peers beside, where they can do the same.
         hybrid_layers: of the hybrid; fewer than the published 24 take less memory and time.
+        rounds: in place of the scale's.
+        dtype: of the engine; "auto" is what a server has that is not told.
+        clock: of what runs in this process. With one thread, that of the processor does not see neighbours.
     """
 
     work_dir: Path
@@ -89,160 +111,168 @@ class Bench:
     model: Path | None = None
     compare: bool = True
     hybrid_layers: int = QWEN3_5_0_8B["num_hidden_layers"]
+    rounds: int | None = None
+    dtype: str = "auto"
+    clock: Callable[[], float] = time.perf_counter
+    models: Models = field(init=False)
+    peers: Peers = field(init=False)
+    stack: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
     _made: dict[str, Any] = field(default_factory=dict)
+    _limits: Limits | None = None
+    _versions: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.models = Models(self.work_dir, self.quick, self.model, self.hybrid_layers)
+        self.peers = Peers(enabled=self.compare)
 
     @property
     def scale(self) -> Scale:
         """Sizes of this run."""
         return QUICK if self.quick else FULL
 
-    def path(self, name: str) -> Path:
-        """Where a model lies: GENERATOR, EMBEDDER or HYBRID."""
-        if name == HYBRID:
-            return self._once("hybrid", self._save_hybrid)  # type: ignore[no-any-return]
-        if self.quick:
-            return self._once("tiny", lambda: _save_tiny(self.work_dir / "tiny"))  # type: ignore[no-any-return]
-        if name == GENERATOR and self.model is not None:
-            return self.model
-        wanted = DEFAULT_MODELS[name]
-        models = embedded_models()
-        if wanted not in models:
-            raise SystemExit(f"the package of {wanted} is not installed; make env installs it, or give --model PATH")
-        return models[wanted]
-
-    def _save_hybrid(self) -> Path:
-        if self.quick:
-            return save_tiny_hybrid(self.work_dir / "tiny-hybrid")
-        return save_hybrid(self.work_dir / "hybrid", self.hybrid_layers)
-
-    def label(self, name: str) -> str:
-        """Name of a model in the results."""
-        if name == HYBRID:
-            return "tiny-qwen3.5" if self.quick else f"qwen3.5-0.8b-shape ({self.hybrid_layers} layers)"
-        if self.quick:
-            return "tiny-llama"
-        return self.model.name if name == GENERATOR and self.model is not None else DEFAULT_MODELS[name]
-
     @property
-    def engine(self) -> Engine:
-        """An engine that has loaded what was asked of it so far."""
-
-        def make() -> Engine:
-            state = self.work_dir / "state"
-            return Engine(EngineConfig(device="cpu", dtype="float32", num_threads=self.threads, state_dir=str(state)))
-
-        return self._once("engine", make)  # type: ignore[no-any-return]
+    def limits(self) -> Limits:
+        """What the machine can do, measured once."""
+        if self._limits is None:
+            self._limits = measure_limits(quick=self.quick)
+        return self._limits
 
     def load(self, name: str) -> Engine:
-        """The engine, with a model loaded."""
-        if name not in {info.name for info in self.engine.models()}:
-            self.engine.load_model(name, self.path(name))
-        return self.engine
+        """An engine with one model, loaded under its name."""
+
+        def make() -> Engine:
+            engine = Engine(
+                EngineConfig(
+                    device="cpu",
+                    dtype="float32" if name == GENERATOR_FLOAT else self.dtype,  # type: ignore[arg-type]
+                    num_threads=self.threads,
+                    state_dir=str(self.work_dir / "state"),
+                    kv_cache_bytes=CACHE_BYTES,
+                    gguf_weights="float" if name == GENERATOR_FLOAT else "auto",
+                )
+            )
+            engine.load_model(name, self.models.path(name))
+            return engine
+
+        return self._once(f"engine {name}", make)
 
     def reference(self, name: str) -> Any:
-        """The same weights in transformers, float32; made anew where a measure changes the model."""
-        return self._once(f"reference {name}", lambda: load_reference(self.path(name), name))
+        """The same weights in transformers, float32."""
+        path = self.models.reference_path(name)
+        return self._once(f"reference {path}", lambda: load_reference(path, encoder=name == EMBEDDER))
 
-    def forget_reference(self, name: str) -> None:
-        """Frees the memory of a reference that is not needed, or that was changed."""
-        self._made.pop(f"reference {name}", None)
+    def process(self, key: str, command: list[str]) -> PeerProcess:
+        """A process that answers questions until the measure ends."""
 
-    def _once(self, key: str, make: Callable[[], Any]) -> Any:
+        def make() -> PeerProcess:
+            process = PeerProcess(command)
+            self.stack.callback(process.close)
+            return process
+
+        return self._once(f"process {key}", make)
+
+    def counts(self, name: str) -> Counts:
+        """What the model's work consists of."""
+        return count(self.models.path(name), wide=name == GENERATOR_FLOAT)
+
+    def release(self) -> None:
+        """Ends the peers' processes and frees models, so that measures do not crowd each other."""
+        self.stack.close()
+        self._made.clear()
+
+    def _once(self, key: str, make: Callable[[], T]) -> T:
         if key not in self._made:
             self._made[key] = make()
-        return self._made[key]
+        return self._made[key]  # type: ignore[no-any-return]
 
     # --------------------------------------------------------------------------------------------------- measuring
 
-    def medians(
-        self, sides: dict[str, Callable[[], float]], rounds: int | None = None, warm_up: int | None = None
-    ) -> dict[str, float]:
-        """Each side's median over the rounds; in every round each side has its turn, so that both see the same
-        machine.
+    def samples(
+        self, sides: Mapping[str, Callable[[], T]], rounds: int | None = None, warm_up: int | None = None
+    ) -> dict[str, list[T]]:
+        """What each side gave in each round; in every round each side has its turn, so that all see the same machine.
 
         Args:
             rounds, warm_up: None: those of the scale.
         """
-        rounds = self.scale.rounds if rounds is None else rounds
+        rounds = self.rounds or rounds or self.scale.rounds
         warm_up = self.scale.warm_up if warm_up is None else warm_up
-        values: dict[str, list[float]] = {side: [] for side in sides}
+        taken: dict[str, list[T]] = {side: [] for side in sides}
         for round_ in range(-warm_up, rounds):
             for side, measure in sides.items():
                 value = measure()
                 if round_ >= 0:
-                    values[side].append(value)
-        return {side: statistics.median(taken) for side, taken in values.items()}
+                    taken[side].append(value)
+        return taken
 
-    def report(self, measure: str, unit: str, model: str, medians: dict[str, float], **more: Any) -> None:
-        """Prints one line: the engine's value, and transformers' where it was measured, with a ratio that is above 1
-        where the engine is the faster."""
-        line: dict[str, Any] = {
-            "measure": measure,
-            "value": round(medians["whet"], 6),
-            "unit": unit,
-            "model": self.label(model),
-            "threads": self.threads,
-            "rounds": more.pop("rounds", self.scale.rounds),
-            "quick": self.quick,
-        }
-        if "transformers" in medians:
-            line["transformers"] = round(medians["transformers"], 6)
-            ratio = medians["whet"] / medians["transformers"]
-            line["ratio"] = round(1 / ratio if unit == "seconds" else ratio, 4)
-        print(json.dumps(line | more), flush=True)
+    def compared(
+        self, measure: str, unit: str, model: str, sides: Mapping[str, Callable[[], float]], **more: Any
+    ) -> None:
+        """Measures the sides in turn and reports the medians; see report."""
+        self.report(measure, unit, model, self.samples(sides), **more)
+
+    def report(
+        self,
+        measure: str,
+        unit: str,
+        model: str,
+        samples: Mapping[str, list[float]],
+        floor: float | None = None,
+        **more: Any,
+    ) -> None:
+        """Prints a line for each peer that was measured, or one without a peer.
+
+        Args:
+            samples: of OURS, and of the peers under their names.
+            floor: what the machine's limits allow, in the unit of the measure.
+        """
+        value = statistics.median(samples[OURS])
+        peers: list[str | None] = [peer for peer in samples if peer != OURS]
+        for peer in peers or [None]:
+            theirs = statistics.median(samples[peer]) if peer is not None else None
+            lower = unit in LOWER_IS_BETTER
+            line: dict[str, Any] = {
+                "measure": measure,
+                "value": _rounded(value),
+                "unit": unit,
+                "peer": peer,
+                "peer_value": None if theirs is None else _rounded(theirs),
+                "ratio": None if theirs is None else _rounded(theirs / value if lower else value / theirs),
+                "model": self.models.label(model),
+                "threads": self.threads,
+                "versions": self.versions(peer),
+                "rounds": len(samples[OURS]),
+                "spread": [_rounded(min(samples[OURS])), _rounded(max(samples[OURS]))],
+                "quick": self.quick,
+                "machine": machine_name(),
+                "date": datetime.date.today().isoformat(),
+                "limits": self.limits.rounded(),
+            }
+            if peer is not None:
+                line["peer_spread"] = [_rounded(min(samples[peer])), _rounded(max(samples[peer]))]
+            if floor is not None:
+                fraction = floor / value if lower else value / floor
+                line |= {"floor": _rounded(floor), "floor_fraction": round(fraction, 4)}
+            print(json.dumps(line | more), flush=True)
+
+    def know_version(self, peer: str, version: str) -> None:
+        """Notes what a peer says that it is."""
+        self._versions[peer] = version
+
+    def versions(self, peer: str | None) -> dict[str, str]:
+        """Versions of what a line is about: a peer's first word is its name."""
+        found = {"python": platform.python_version(), "torch": torch.__version__}
+        found["whet"] = importlib.metadata.version("whet-server")
+        if peer is None:
+            return found
+        name = peer.split(" ", 1)[0]
+        if name in self._versions:
+            return found | {name: self._versions[name]}
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+        return found
 
 
-def load_reference(path: Path, name: str) -> Any:
-    """A model of transformers on the CPU in float32."""
-    from transformers import AutoModel, AutoModelForCausalLM
-
-    kind = AutoModel if name == EMBEDDER else AutoModelForCausalLM
-    if path.suffix == ".gguf":
-        model = kind.from_pretrained(str(path.parent), gguf_file=path.name, dtype=torch.float32)
-    else:
-        model = kind.from_pretrained(str(path), dtype=torch.float32)
-    return model.eval()
-
-
-def _save_tiny(directory: Path) -> Path:
-    from tests.rpc.tiny_tokenizer import save_tiny_tokenizer
-    from tests.tiny import save_tiny_llama
-
-    save_tiny_llama(directory)
-    return save_tiny_tokenizer(directory)
-
-
-def random_tokens(count: int, seed: int | None = None) -> list[int]:
-    """Token ids that every vocabulary here has; without a seed, ids that no prefix cache has seen."""
-    generator = random.Random(seed)
-    return [generator.randrange(3, 250) for _ in range(count)]
-
-
-def request(number: int | str, prompt: list[int], max_tokens: int, model: str = GENERATOR) -> Request:
-    """A greedy request of exactly so many tokens."""
-    sampling = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True)
-    return Request(request_id=str(number), model=model, prompt_token_ids=prompt, sampling=sampling)
-
-
-def run_job(engine: Engine, spec: JobSpec) -> list[JobEvent]:
-    """Runs a job to its end.
-
-    Raises:
-        SystemExit: it failed.
-    """
-    engine.start_job(spec)
-    events: list[JobEvent] = []
-    while engine.has_jobs():
-        events.extend(engine.advance_jobs())
-    last = events[-1]
-    assert isinstance(last, TERMINAL_EVENTS)
-    if isinstance(last, JobFailed):
-        raise SystemExit(f"the job failed: {last.error_message}")
-    return events
-
-
-def seconds(work: Callable[[], object]) -> float:
-    """How long a call takes."""
-    began = time.perf_counter()
-    work()
-    return time.perf_counter() - began
+def _rounded(value: float) -> float:
+    """Six significant digits."""
+    return float(f"{value:.6g}")
