@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ import pytest
 
 from tests.rpc.calls import TIMEOUT, generate, train
 from tests.rpc.conftest import EMBEDDER, MODEL, PROMPTS
-from tests.rpc.harness import ServerProcess, Stubs, fails
+from tests.rpc.harness import ServerProcess, Stubs, fails, running_server
 from tests.tiny_embedder import TASK, save_tiny_embedder
 from whet import Client
 from whet.v1 import common_pb2, embedding_pb2, evaluation_pb2, model_pb2, quantization_pb2
@@ -132,14 +132,21 @@ def test_prefixes_are_those_of_the_models_files(stubs: Stubs) -> None:
         assert typed != vectors(embed(stubs, ["abc"]))
 
 
-def test_a_default_prefix_goes_before_texts_of_no_stated_purpose(
-    start_server: Callable[..., ServerProcess], tiny_bert: Path, tmp_path: Path
-) -> None:
-    copy = shutil.copytree(tiny_bert, tmp_path / "default")
+@pytest.fixture(scope="module")
+def embedders(tiny_bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    """A server of the embedder, of a copy that has a default prompt, and of a model of Qwen3-Embedding's layout."""
+    directory = tmp_path_factory.mktemp("embedders")
+    copy = shutil.copytree(tiny_bert, directory / "default")
     settings = {"prompts": {"query": "query: ", "plain": "plain: "}, "default_prompt_name": "plain"}
     (copy / "config_sentence_transformers.json").write_text(json.dumps(settings))
-    server = start_server(models=["--model", f"{EMBEDDER}={tiny_bert}", "--model", f"default={copy}"])
-    stubs = Stubs(server.address)
+    models = {EMBEDDER: tiny_bert, "default": copy, "qwen": save_tiny_embedder(directory / "qwen")}
+    flags = [flag for name, path in models.items() for flag in ("--model", f"{name}={path}")]
+    with running_server(directory / "state", *flags) as server:
+        yield server
+
+
+def test_a_default_prefix_goes_before_texts_of_no_stated_purpose(embedders: ServerProcess) -> None:
+    stubs = Stubs(embedders.address)
     assert vectors(embed(stubs, ["abc"], model="default")) == vectors(embed(stubs, ["plain: abc"]))
     for kind, prefix in ((embedding_pb2.INPUT_TYPE_QUERY, "query: "), (embedding_pb2.INPUT_TYPE_DOCUMENT, "plain: ")):
         typed = vectors(embed(stubs, ["abc"], model="default", input_type=kind))
@@ -147,14 +154,10 @@ def test_a_default_prefix_goes_before_texts_of_no_stated_purpose(
     stubs.close()
 
 
-def test_instructions_of_the_caller(
-    start_server: Callable[..., ServerProcess], tiny_bert: Path, tmp_path: Path
-) -> None:
+def test_instructions_of_the_caller(embedders: ServerProcess) -> None:
     """A model of Qwen3-Embedding's layout: its query prompt by default, the caller's task in its place on request, the
     model's own end token after each; an instruction that could have no effect is refused. Its tied head generates."""
-    path = save_tiny_embedder(tmp_path / "qwen")
-    server = start_server(models=["--model", f"qwen={path}", "--model", f"{EMBEDDER}={tiny_bert}"])
-    stubs = Stubs(server.address)
+    stubs = Stubs(embedders.address)
 
     def rows(*texts: str, **fields: Any) -> list[list[float]]:
         return vectors(embed(stubs, list(texts), **({"model": "qwen", "pooling": 0} | fields)))
@@ -186,7 +189,7 @@ def test_instructions_of_the_caller(
     for fields in refused:
         with fails(INVALID, field="instruction", reason="NO_INSTRUCTIONS" if "model" in fields else ""):
             rows("x", **({"instruction": "Find"} | fields))
-    with Client(server.address) as client:
+    with Client(embedders.address) as client:
         sdk = client.embed("what?", model="qwen", instruction="Find the sea", dimensions=8)
         norm = math.hypot(*asked[0][:8])
         assert sdk.vectors[0] == pytest.approx([value / norm for value in asked[0][:8]], abs=1e-5)

@@ -293,13 +293,10 @@ def test_a_second_signal_ends_it_at_once(start_server: Callable[..., ServerProce
     stubs.close()
 
 
-def test_two_servers_do_not_share_a_state_directory(
-    start_server: Callable[..., ServerProcess], model_flags: list[str]
-) -> None:
-    first = start_server()
-    second = ServerProcess(first.state_dir, model_flags)
+def test_two_servers_do_not_share_a_state_directory(rpc_server: ServerProcess, model_flags: list[str]) -> None:
+    second = ServerProcess(rpc_server.state_dir, model_flags)
     try:
-        assert second.process.wait(30) == 1
+        assert second.process.wait(90) == 1
         assert "is in use by another server" in second.log()
     finally:
         second.stop()
