@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from engine.ops.low_rank import add_low_rank
 from engine.ops.moe import grouped_linear
 
 
@@ -87,10 +88,20 @@ class Adapter:
         if pair is None:
             return None
         a, b = pair
-        if self.dropout > 0.0:
-            keep = torch.empty_like(x).bernoulli_(1.0 - self.dropout, generator=generator)
-            x = x * keep / (1.0 - self.dropout)
+        x = self._dropped(x, generator)
         return F.linear(x, a.to(x.dtype)) * self.scaling(name), b.to(x.dtype)
+
+    def add(self, name: str, x: Tensor, y: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """y [T, O] plus the update for x [T, I]; y is used up."""
+        if name not in self.modules:
+            return y
+        return add_low_rank(y, self._dropped(x, generator), *self.modules[name], self.scaling(name))
+
+    def _dropped(self, x: Tensor, generator: torch.Generator | None) -> Tensor:
+        if self.dropout == 0.0:
+            return x
+        keep = torch.empty_like(x).bernoulli_(1.0 - self.dropout, generator=generator)
+        return x * keep / (1.0 - self.dropout)
 
     def delta_grouped(self, name: str, x: Tensor, counts: Tensor) -> Tensor | None:
         """scaling * B[e] A[e] x of stacked experts for rows x [M, I], counts [E] of each expert: [M, O]; None where
@@ -124,13 +135,9 @@ class LoRABatch:
         self._whole = len(segments) == 1 and segments[0][1:] == (0, num_tokens)
 
     def add(self, name: str, x: Tensor, y: Tensor) -> Tensor:
-        """y [T, O] plus each segment's update for x [T, I]. Out of place where gradients are on."""
+        """y [T, O] plus each segment's update for x [T, I]; y is used up."""
         if self._whole:
-            factors = self._segments[0][0].factors(name, x, self._generator)
-            if factors is None:
-                return y
-            low, b = factors
-            return torch.addmm(y, low, b.mT)
+            return self._segments[0][0].add(name, x, y, self._generator)
         if torch.is_grad_enabled():
             y = y.clone()
         for adapter, start, end in self._segments:

@@ -15,6 +15,7 @@ from torch import Tensor
 from engine.config import ModelConfig
 from engine.ops import quantized
 from engine.ops.causal_conv import causal_conv
+from engine.ops.low_rank import add_low_rank
 from engine.ops.root_norm import root_norm
 from engine.training.loss import chunked_cross_entropy
 from engine.verification.gradients import Function
@@ -140,8 +141,26 @@ def causal_conv_cases(config: ModelConfig) -> list[FunctionCase]:
     ]
 
 
+def low_rank_cases(config: ModelConfig) -> list[FunctionCase]:
+    """Everything differentiated, as in most layers; and A and B alone, as in the first."""
+    width, num_rows, rank, out_features = config.hidden_size, 5, 3, 7
+    x = _random(num_rows, width, seed=11)
+    a, b = _random(rank, width, seed=12) / width**0.5, _random(out_features, rank, seed=13)
+    weight = _random(out_features, width, seed=14) / width**0.5
+
+    def function(inputs: Mapping[str, Tensor]) -> Tensor:
+        given = inputs.get("x", x)
+        return add_low_rank(F.linear(given, weight), given, inputs["a"], inputs["b"], 1.5)
+
+    return [
+        FunctionCase("input, A and B", function, {"x": x, "a": a, "b": b}),
+        FunctionCase("A and B", function, {"a": a, "b": b}),
+    ]
+
+
 FUNCTIONS: dict[str, Cases] = {
     "engine.ops.causal_conv._Taps": causal_conv_cases,
+    "engine.ops.low_rank._AddLowRank": low_rank_cases,
     "engine.ops.quantized._QuantizedLinear": quantized_linear_cases,
     "engine.ops.root_norm._RootNorm": root_norm_cases,
     "engine.training.loss._ChunkedCrossEntropy": cross_entropy_cases,

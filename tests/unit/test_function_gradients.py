@@ -16,6 +16,7 @@ import engine
 from engine.config import LinearAttentionConfig, ModelConfig
 from engine.ops import quantized
 from engine.ops.causal_conv import _Taps
+from engine.ops.low_rank import _AddLowRank
 from engine.ops.root_norm import _RootNorm
 from engine.training import loss
 from engine.verification.functions import FUNCTIONS, function_name
@@ -113,6 +114,30 @@ def _without_its_change(ctx: Any) -> Any:
     return SimpleNamespace(saved_tensors=ctx.saved_tensors, count=1e12, scale=ctx.scale)
 
 
+def _of_low_rank(place: int, change: Callable[[Tensor], Tensor]) -> Wrong:
+    """A backward of the low-rank update in which one of the gradients (1: x, 2: A, 3: B) is changed."""
+
+    def wrong(right: Any, args: Any) -> Any:
+        found = list(right(*args))
+        if found[place] is not None:
+            found[place] = change(found[place])
+        return tuple(found)
+
+    return wrong
+
+
+def _low_rank_saved(**changes: Callable[[Tensor], Tensor]) -> Wrong:
+    """One that kept something else of x, A x, A or B."""
+
+    def wrong(right: Any, args: Any) -> Any:
+        names = ("x", "low", "a", "b")
+        saved = [changes.get(name, lambda t: t)(t) for name, t in zip(names, args[0].saved_tensors, strict=True)]
+        ctx = SimpleNamespace(saved_tensors=saved, scaling=args[0].scaling, needs_input_grad=args[0].needs_input_grad)
+        return right(ctx, args[1])
+
+    return wrong
+
+
 def _with_taps(change: Callable[[Tensor], Tensor]) -> Wrong:
     def wrong(right: Any, args: Any) -> Any:
         (weight,) = args[0].saved_tensors
@@ -131,6 +156,18 @@ WRONG: dict[str, dict[str, Wrong]] = {
         "without the last tap": _with_taps(lambda weight: torch.cat((weight[:, :-1], 0 * weight[:, -1:]), 1)),
         "without the first tap": _with_taps(lambda weight: torch.cat((0 * weight[:, :1], weight[:, 1:]), 1)),
         "channels shifted": lambda right, args: (right(*args)[0].roll(1, 1), None),
+    },
+    "engine.ops.low_rank._AddLowRank": {
+        "sign of A": _of_low_rank(2, lambda d: -d),
+        "sign of B": _of_low_rank(3, lambda d: -d),
+        "one in a thousand of A": _of_low_rank(2, lambda d: 1.001 * d),
+        "one in a thousand of B": _of_low_rank(3, lambda d: 1.001 * d),
+        "scaling forgotten in A": _of_low_rank(2, lambda d: d / 1.5),
+        "scaling forgotten in B": _of_low_rank(3, lambda d: d / 1.5),
+        "ranks of A shifted": _of_low_rank(2, lambda d: d.roll(1, 0)),
+        "ranks of B shifted": _of_low_rank(3, lambda d: d.roll(1, 1)),
+        "tokens shifted": lambda right, args: right(args[0], args[1].roll(1, 0)),
+        "the first token left out": _low_rank_saved(x=lambda x: torch.cat((0 * x[:1], x[1:]))),
     },
     "engine.ops.root_norm._RootNorm": {
         "sign": lambda right, args: (-right(*args)[0], *[None] * 4),
@@ -170,6 +207,7 @@ WRONG: dict[str, dict[str, Wrong]] = {
 
 PLACES: dict[str, tuple[object, str]] = {
     "engine.ops.causal_conv._Taps": (_Taps, "backward"),
+    "engine.ops.low_rank._AddLowRank": (_AddLowRank, "backward"),
     "engine.ops.root_norm._RootNorm": (_RootNorm, "backward"),
     "engine.ops.quantized._QuantizedLinear": (quantized, "_backward"),
     "engine.training.loss._ChunkedCrossEntropy": (loss._ChunkedCrossEntropy, "backward"),
