@@ -35,6 +35,7 @@ from engine.training.batching import BatchOrder, MicroBatch, micro_batches
 from engine.training.checkpoint import Checkpoints
 from engine.training.dataset import Example, read_dataset
 from engine.training.forward import TrainingForward, accepted_difference, forward_difference, probe, resolve_dtype
+from engine.training.heap import freed_memory_kept
 from engine.training.lora_init import masters
 from engine.training.optimizer import Optimizer, learning_rate
 from engine.training.params import validate_params
@@ -114,7 +115,8 @@ class _Run:
         self._progress.start()
         reset_peak_memory(self._loaded.device)
         try:
-            yield from self._run()
+            with freed_memory_kept():
+                yield from self._run()
         except StopAndCheckpoint:
             if self._checkpointed_step != self._state.step:
                 yield self._checkpoint(is_best=False)

@@ -1,0 +1,52 @@
+"""Memory freed during a run is taken again without page faults, and is given back after it."""
+
+from __future__ import annotations
+
+import ctypes
+import resource
+import sys
+from pathlib import Path
+
+import pytest
+
+from engine.training import heap
+from engine.training.heap import freed_memory_kept
+
+pytestmark = pytest.mark.skipif(
+    not sys.platform.startswith("linux") or heap._glibc() is None, reason="the settings are glibc's"
+)
+
+BYTES, BLOCKS = 24 << 20, 6
+PAGES = BYTES * BLOCKS // resource.getpagesize()
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+def faults() -> int:
+    """Page faults while BLOCKS blocks of BYTES are made, written and freed."""
+    library = ctypes.CDLL(None)
+    library.malloc.restype, library.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+    library.free.restype, library.free.argtypes = None, [ctypes.c_void_p]
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    blocks = [library.malloc(BYTES) for _ in range(BLOCKS)]
+    for block in blocks:
+        ctypes.memset(block, 1, BYTES)
+    for block in blocks:
+        library.free(block)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+
+def test_freed_memory_is_taken_again_and_given_back_at_the_end() -> None:
+    """What was freed is taken again without faults; afterwards the process is as small as before. Blocks within each
+    other count as one."""
+    with freed_memory_kept():
+        with freed_memory_kept():
+            faults()
+        held = resident_bytes()
+        assert faults() < PAGES // 10
+        assert resident_bytes() >= held - BYTES
+    assert resident_bytes() < held - BYTES * BLOCKS // 2
+    faults()
+    assert faults() > PAGES // 2
