@@ -16,6 +16,7 @@ Device = str  # "auto", "cpu", "cuda", "cuda:N"
 DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
 
 GGUFWeights = Literal["auto", "stored", "float"]
+ActivationQuantization = Literal["auto", "off"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -166,6 +167,9 @@ class EngineConfig:
         enable_prefix_caching: share blocks among equal prefixes.
         gguf_weights: how a GGUF file's quantized matrices are held: "stored" as the file has them, "float" in the
             compute type. The numbers that they stand for are the same. "auto": stored where there are kernels for it.
+        activation_quantization: whether activations are rounded to int8 where a linear weight is stored as integers on
+            the CPU, in serving and scoring: products are then of integers, and faster. "auto": where there are kernels
+            for it, unless dtype is "float32". "off": products are of floats. Training never rounds them.
         state_checkpoint_interval: blocks between the checkpoints of recurrent state that prefixes are shared from,
             besides those at the ends of prompts and completions; 0: only those.
         job_slice_seconds: target duration of a slice of a job while requests are running.
@@ -184,7 +188,13 @@ class EngineConfig:
     block_size: int = 16
     enable_prefix_caching: bool = True
     gguf_weights: GGUFWeights = "auto"
+    activation_quantization: ActivationQuantization = "auto"
     state_checkpoint_interval: int = 64
     job_slice_seconds: float = 0.05
     job_share: float = 0.5
     state_dir: str = ""
+
+    @property
+    def rounds_activations(self) -> bool:
+        """Whether serving and scoring may round activations to int8."""
+        return self.activation_quantization == "auto" and self.dtype != "float32"

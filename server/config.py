@@ -17,7 +17,7 @@ import yaml
 from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 
-from engine.config import DTypeName, EngineConfig, GGUFWeights
+from engine.config import ActivationQuantization, DTypeName, EngineConfig, GGUFWeights
 from engine.errors import EngineError, InvalidArgumentError
 from engine.names import validate_name
 
@@ -140,6 +140,12 @@ class ServerConfig(BaseSettings):
         default="auto",
         description="How quantized matrices of GGUF files are held: as stored, or wide in the compute type; auto: as "
         "stored where the CPU kernels multiply by them.",
+    )
+    activation_quantization: ActivationQuantization = Field(
+        default="auto",
+        description="Whether activations are rounded to int8, in groups of 32, where they meet weights that are stored "
+        "as integers on the CPU, which makes products faster; auto: unless --dtype float32 is given; off: never. "
+        "Training never rounds them.",
     )
     state_checkpoint_interval: int = Field(
         default=64,
@@ -307,6 +313,7 @@ class ServerConfig(BaseSettings):
             block_size=self.block_size,
             enable_prefix_caching=self.prefix_caching,
             gguf_weights=self.gguf_weights,
+            activation_quantization=self.activation_quantization,
             state_checkpoint_interval=self.state_checkpoint_interval,
             job_slice_seconds=self.job_slice_ms / 1000,
             job_share=self.job_share,

@@ -18,6 +18,7 @@ from engine.core.loaded import LoadedModel
 from engine.core.memory import make_cache, make_states
 from engine.lora.adapter import Adapter
 from engine.models.base import CausalLM
+from engine.ops.cpu.gemm import int8_activations
 
 BLOCK_SIZE = 16
 
@@ -83,9 +84,10 @@ def serving_logits(
     model = loaded.causal_lm()
     logits: list[list[Tensor]] = [[] for _ in sequences]
     config = loaded.engine_config
-    for states in chunked_hidden(
-        model, sequences, max_tokens=config.max_batch_tokens, adapter=adapter, block_size=config.block_size
-    ):
-        for index, hidden in states:
-            logits[index].append(model.compute_logits(hidden))
+    with int8_activations(config.rounds_activations):
+        for states in chunked_hidden(
+            model, sequences, max_tokens=config.max_batch_tokens, adapter=adapter, block_size=config.block_size
+        ):
+            for index, hidden in states:
+                logits[index].append(model.compute_logits(hidden))
     return [torch.cat(parts) for parts in logits]

@@ -22,6 +22,7 @@ from engine.core.sequence import Sequence, new_sequences
 from engine.errors import EngineError, InternalError, InvalidArgumentError
 from engine.info import ModelStats
 from engine.models.base import CausalLM
+from engine.ops.cpu.gemm import int8_activations
 from engine.request import MAX_N, Request, RequestOutput
 from engine.sampling.logprobs import prompt_logprobs
 from engine.sampling.sampler import Sampler
@@ -139,7 +140,8 @@ class Runner:
         batch = self._scheduler.schedule()
         self._observations["step_tokens"].append(batch.num_tokens)
         try:
-            sampled = self._execute(batch)
+            with int8_activations(self._loaded.engine_config.rounds_activations):
+                sampled = self._execute(batch)
         except Exception as error:  # noqa: BLE001 - reported to each caller; the engine goes on
             return self._fail(batch, error)
         return [self._report(entry, sampled.get(id(entry.sequence))) for entry in batch.entries]

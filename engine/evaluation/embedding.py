@@ -19,6 +19,7 @@ from engine.jobs import EmbedFinished, EmbedSpec, JobEvent
 from engine.layers.pooling import finish, pool, validate_dimensions
 from engine.lora.adapter import Adapter, LoRABatch
 from engine.models.base import CausalLM
+from engine.ops.cpu.gemm import int8_activations, with_int8_activations
 
 
 def embed(spec: EmbedSpec, loaded: LoadedModel) -> Iterator[JobEvent | None]:
@@ -88,7 +89,8 @@ def _embed(
         if num_tokens > budget.forward_tokens and isinstance(loaded.model, CausalLM):
             parts = []
             ids = spec.inputs[batch[0]]
-            for ((_, part),) in chunked_hidden(loaded.model, [ids], max_tokens=budget.forward_tokens, adapter=adapter):
+            chunks = chunked_hidden(loaded.model, [ids], max_tokens=budget.forward_tokens, adapter=adapter)
+            for ((_, part),) in with_int8_activations(config.rounds_activations, chunks):
                 parts.append(part)
                 budget.observe(len(part), time.monotonic() - begin)
                 yield None
@@ -96,7 +98,8 @@ def _embed(
             bounds = torch.tensor([0, num_tokens], dtype=torch.int32, device=loaded.device)
             pooled = pool(torch.cat(parts), bounds, pooling)
         else:
-            pooled = _forward(loaded, [spec.inputs[i] for i in batch], adapter, pooling)
+            with int8_activations(config.rounds_activations):
+                pooled = _forward(loaded, [spec.inputs[i] for i in batch], adapter, pooling)
             budget.observe(num_tokens, time.monotonic() - begin)
         rows = finish(pooled, dimensions=dimensions, normalize=normalize).cpu()
         if not bool(torch.isfinite(rows).all()):

@@ -25,6 +25,7 @@ from engine.evaluation.slicing import SliceBudget
 from engine.jobs import JobEvent, PerplexityFinished, PerplexityProgress, PerplexitySpec
 from engine.lora.adapter import Adapter
 from engine.models.base import CausalLM
+from engine.ops.cpu.gemm import with_int8_activations
 
 
 @dataclass(slots=True)
@@ -96,7 +97,10 @@ def _perplexity(
     while done < len(windows):
         batch = take_windows(windows, done, budget.tokens)
         num_tokens = sum(window.num_tokens for window in batch)
-        chunks = iter_window_logits(model, token_ids, batch, max_tokens=budget.forward_tokens, adapter=adapter)
+        chunks = with_int8_activations(
+            config.rounds_activations,
+            iter_window_logits(model, token_ids, batch, max_tokens=budget.forward_tokens, adapter=adapter),
+        )
         spent, begin = 0.0, time.monotonic()
         for chunk in chunks:
             scored.add(_finite_nll(chunk, loaded))

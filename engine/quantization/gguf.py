@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from engine.errors import FormatError
 from engine.loading.gguf_blocks import BLOCK_TYPES, BlockType
 from engine.ops import cpu
+from engine.ops.cpu import gemm
 from engine.ops.quantized import WeightRows, quantized_linear, unpack_int4
 from engine.quantization.base import UNQUANTIZED, LinearScheme, SchemeMap, quant_methods
 
@@ -55,6 +56,8 @@ class GGUFBlocks(LinearScheme):
 
     def apply(self, module: nn.Module, x: Tensor) -> Tensor:
         packed = self._packed(module)
+        if packed is not None and gemm.takes(x):
+            return gemm.linear(packed, x)
         if packed is not None and cpu.takes(x, cpu.MAX_ROWS_OF_INTEGERS):
             return packed.linear(x)
         return quantized_linear(x, self._rows(module, packed), module.get_parameter("weight_q").shape[0])

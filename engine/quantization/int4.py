@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from engine.errors import FormatError
 from engine.ops import cpu
+from engine.ops.cpu import gemm
 from engine.ops.quantized import WeightRows, quantized_linear, unpack_int4
 from engine.quantization.base import LinearScheme
 from engine.quantization.int8 import check_shape
@@ -89,6 +90,8 @@ class Int4Grouped(LinearScheme):
         return cpu.packed(module, words, lambda: cpu.StoredWeight(words.view(torch.uint8), scale, zero))
 
     def apply(self, module: nn.Module, x: Tensor) -> Tensor:
+        if gemm.takes(x) and (packed := self._packed(module)) is not None:
+            return gemm.linear(packed, x)
         if cpu.takes(x, cpu.MAX_ROWS_OF_INTEGERS) and (packed := self._packed(module)) is not None:
             return packed.linear(x)
         num_rows = x.numel() // x.shape[-1]

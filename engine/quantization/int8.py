@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from engine.errors import FormatError
 from engine.ops import cpu
+from engine.ops.cpu import gemm
 from engine.ops.quantized import WeightRows, quantized_linear, unpack_int8
 from engine.quantization.base import LinearScheme
 from engine.quantization.packing import packed_width
@@ -62,6 +63,8 @@ class Int8PerChannel(LinearScheme):
     def apply(self, module: nn.Module, x: Tensor) -> Tensor:
         weight, scale = module.get_parameter("weight"), module.get_parameter("weight_scale")
         packed = cpu.packed(module, weight, lambda: cpu.StoredWeight(weight, scale))
+        if packed is not None and gemm.takes(x):
+            return gemm.linear(packed, x)
         if packed is not None and cpu.takes(x, cpu.MAX_ROWS_OF_INTEGERS):
             return packed.linear(x)
         num_rows = x.numel() // x.shape[-1]

@@ -1,0 +1,153 @@
+// What Python calls of gemm.h: the division of a product among threads, and the choice of a level.
+#include "gemm.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <memory>
+#include <new>
+
+namespace whet::gemm {
+namespace {
+
+// Packed rows of x that are multiplied before more are packed: they stay in a core's second-level cache or near it, and
+// memory for them is bounded.
+constexpr int64_t kPackedBytes = 1 << 20;
+
+// Multiplications of a piece of work, at least: some microseconds.
+constexpr int64_t kPieceProducts = 1 << 18;
+
+constexpr int kLevels = 5;
+
+const Level* level_at(int index) {
+#if defined(__x86_64__)
+  const Level* const levels[kLevels] = {nullptr, &avx2::kLevel, &avxvnni::kLevel, &avx512::kLevel, &avx512vnni::kLevel};
+  return levels[index];
+#else
+  static_cast<void>(index);
+  return nullptr;
+#endif
+}
+
+bool is_there(int index) {
+#if defined(__x86_64__)
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  switch (index) {
+    case 1: return avx2;
+    case 2: return avx2 && __builtin_cpu_supports("avxvnni");
+    case 3: return avx512;
+    case 4: return avx512 && __builtin_cpu_supports("avx512vnni");
+  }
+#endif
+  return index == 0;
+}
+
+int best_level() {
+  static const int found = [] {
+    int index = kLevels - 1;
+    while (!is_there(index)) --index;
+    return index;
+  }();
+  return found;
+}
+
+int forced_level = -1;
+
+struct Free {
+  void operator()(char* memory) const { std::free(memory); }
+};
+
+// Memory of the calling thread, kept for its next call.
+char* scratch(int64_t bytes) {
+  thread_local std::unique_ptr<char, Free> memory;
+  thread_local int64_t size = 0;
+  if (size < bytes) {
+    memory.reset();
+    size = 0;
+    memory.reset(static_cast<char*>(std::aligned_alloc(64, aligned(bytes))));
+    if (memory == nullptr) throw std::bad_alloc();
+    size = bytes;
+  }
+  return memory.get();
+}
+
+struct PackCall {
+  const Level* level;
+  const float* x;
+  int64_t rows, inputs, group;
+  Format format;
+  char* tiles;
+  int64_t bytes;  // of a tile
+};
+
+void pack_piece(void* context, int64_t index) {
+  const PackCall& call = *static_cast<const PackCall*>(context);
+  const int64_t rows = call.level->tile_rows, begin = index * rows;
+  const Tile tile = tile_at(call.tiles + index * call.bytes, rows, call.inputs, call.group, call.format);
+  call.level->pack_tile(call.x + begin * call.inputs, call.inputs, std::min(rows, call.rows - begin), call.inputs,
+                        call.group, call.format, tile);
+}
+
+struct MultiplyCall {
+  const Level* level;
+  Product product;
+  int64_t strips;  // of a piece
+};
+
+void multiply_piece(void* context, int64_t index) {
+  const MultiplyCall& call = *static_cast<const MultiplyCall*>(context);
+  const int64_t columns = call.level->columns, end = std::min((index + 1) * call.strips * columns, call.product.weight->rows);
+  for (int64_t n = index * call.strips * columns; n < end; n += columns) call.level->multiply_strip(call.product, n);
+}
+
+void multiply(const Level& level, const Weight& weight, int64_t inputs, const float* x, int64_t rows, float* y) {
+  const int64_t ldy = weight.rows;
+  const int64_t group = weight.group_size % 32 == 0 ? 32 : 16;
+  const Format format = weight.storage == Storage::kInt4 ? level.int4_format : level.int8_format;
+  const int64_t bytes = tile_bytes(level.tile_rows, inputs, group, format);
+  const int64_t most = std::max<int64_t>(1, kPackedBytes / bytes), all = (rows + level.tile_rows - 1) / level.tile_rows;
+  const int64_t blocks = (all + most - 1) / most, per_block = (all + blocks - 1) / blocks;
+  char* const tiles = scratch(per_block * bytes);
+  for (int64_t first = 0; first < all; first += per_block) {
+    const int64_t count = std::min(per_block, all - first), begin = first * level.tile_rows;
+    const int64_t now = std::min(count * level.tile_rows, rows - begin);
+    PackCall pack{&level, x + begin * inputs, now, inputs, group, format, tiles, bytes};
+    parallel_for(pack_piece, &pack, count);
+    const Product product{&weight, inputs, group, tiles, bytes, now, y + begin * ldy, ldy};
+    const int64_t strips = (weight.rows + level.columns - 1) / level.columns;
+    const int64_t together = std::clamp<int64_t>(kPieceProducts / (now * inputs * level.columns), 1, strips);
+    MultiplyCall call{&level, product, together};
+    parallel_for(multiply_piece, &call, (strips + together - 1) / together);
+  }
+}
+
+}  // namespace
+}  // namespace whet::gemm
+
+#define WHET_API __attribute__((visibility("default")))
+
+extern "C" {
+
+// 0: this CPU has no kernel here; 1: AVX2; 2: AVX-VNNI; 3: AVX-512; 4: AVX-512 VNNI.
+WHET_API int whet_cpu_gemm_level() { return whet::gemm::best_level(); }
+
+// Whether this CPU has the instructions of a level.
+WHET_API int whet_cpu_gemm_has_level(int level) { return whet::gemm::is_there(level); }
+
+// For tests: the kernels of a level that the CPU has. -1: the best one.
+WHET_API void whet_cpu_gemm_force_level(int level) { whet::gemm::forced_level = level; }
+
+// y [M, N] = x [M, K], rounded to int8, times a weight of integers transposed. Returns 1 where memory was lacking and y
+// was not written, else 0.
+WHET_API int whet_cpu_gemm(const whet::Weight* weight, int64_t inputs, const float* x, int64_t rows, float* y) {
+  using namespace whet::gemm;
+  try {
+    multiply(*level_at(forced_level < 0 ? best_level() : forced_level), *weight, inputs, x, rows, y);
+  } catch (const std::bad_alloc&) {
+    return 1;
+  }
+  return 0;
+}
+
+}

@@ -1,0 +1,126 @@
+"""Serving and scoring round activations where the configuration allows it; training and its checks never do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from engine.config import EngineConfig
+from engine.core.chunked import serving_logits
+from engine.core.loaded import LoadedModel
+from engine.engine import Engine
+from engine.evaluation.perplexity import perplexity
+from engine.jobs import EmbedSpec, PerplexityFinished, PerplexitySpec, TrainFinished
+from engine.ops import cpu
+from engine.ops.cpu import PackedWeights, gemm
+from engine.request import Request, SamplingParams
+from tests.engine.test_gguf_weights import IDS, write
+from tests.training_runs import events_of, make_spec, random_examples
+
+pytestmark = pytest.mark.skipif(not cpu.available(), reason="the CPU kernels were not built or this CPU lacks AVX2")
+
+
+def make(
+    path: Path, quantization: str, dtype: str = "auto", max_batch_tokens: int = 64, state_dir: Path | str = ""
+) -> Engine:
+    config = EngineConfig(
+        device="cpu",
+        dtype=dtype,  # type: ignore[arg-type]
+        activation_quantization=quantization,  # type: ignore[arg-type]
+        max_batch_tokens=max_batch_tokens,
+        num_threads=1,
+        kv_cache_bytes=1 << 22,
+        state_dir=str(state_dir),
+    )
+    engine = Engine(config)
+    engine.load_model("m", path)
+    return engine
+
+
+def load(*args: object, **kwargs: object) -> LoadedModel:
+    return make(*args, **kwargs)._models["m"]  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Rows of each product by integers."""
+    rows: list[int] = []
+    linear = gemm.linear
+
+    def counted(packed: PackedWeights, x: Tensor) -> Tensor:
+        rows.append(x.numel() // packed.inputs)
+        return linear(packed, x)
+
+    monkeypatch.setattr(gemm, "linear", counted)
+    return rows
+
+
+def reference(packed: PackedWeights, x: Tensor) -> Tensor:
+    return (gemm.rounded(x) @ packed.widen(0, packed.outputs[0]).double().T).float()
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q5_1", "Q8_0"])
+def test_logits_are_those_of_rounded_activations(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path, kind)
+    loaded = load(path, "auto")
+    (ours,) = serving_logits(loaded, [IDS])
+    (exact,) = serving_logits(load(path, "off"), [IDS])
+    with monkeypatch.context() as patched:
+        patched.setattr(gemm, "linear", reference)
+        (expected,) = serving_logits(loaded, [IDS])
+    largest = expected.abs().max()
+    assert (ours - expected).abs().max() <= 1e-3 * largest  # a last bit may turn a rounding, and that turns others
+    assert (ours - expected).abs().median() <= 1e-6 * largest
+    # With random weights as large as these, some rows of attention turn to other tokens; the most do not.
+    assert 1e-5 * largest < (ours - exact).abs().median() < 0.05 * largest
+
+
+def test_float32_and_off_are_exact(tmp_path: Path, calls: list[int]) -> None:
+    path = write(tmp_path, "Q8_0")
+    results = [
+        serving_logits(load(path, *how), [IDS])[0] for how in (("off",), ("auto", "float32"), ("off", "float32"))
+    ]
+    assert calls == []
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+def test_chunks_of_a_prompt_give_what_the_whole_gives(tmp_path: Path, calls: list[int]) -> None:
+    """39 tokens at once, and 16 at a time."""
+    path = write(tmp_path, "Q4_1")
+    (whole,), (parts,) = (serving_logits(load(path, "auto", max_batch_tokens=n), [IDS]) for n in (64, 16))
+    assert {16, len(IDS) - 32, len(IDS)} <= set(calls)
+    assert (whole - parts).abs().max() <= 1e-3 * whole.abs().max()
+    assert (whole - parts).abs().median() <= 1e-6 * whole.abs().max()
+
+
+def test_serving_and_scoring_round(tmp_path: Path, calls: list[int]) -> None:
+    engine = make(write(tmp_path, "Q8_0"), "auto")
+    engine.add_request(
+        Request(request_id="r", model="m", prompt_token_ids=IDS, sampling=SamplingParams(max_tokens=2, temperature=0.0))
+    )
+    while engine.has_requests():
+        engine.step()
+    assert len(IDS) in calls
+    assert 1 not in calls
+    calls.clear()
+    loaded = engine._models["m"]
+    *_, last = perplexity(PerplexitySpec(job_id="p", model="m", token_ids=IDS, window=20, stride=10), loaded)
+    assert isinstance(last, PerplexityFinished)
+    assert calls
+    calls.clear()
+    engine.start_job(EmbedSpec(job_id="e", model="m", inputs=[IDS]))
+    while engine.has_jobs():
+        engine.advance_jobs()
+    assert calls
+
+
+def test_training_multiplies_by_floats(tmp_path: Path, calls: list[int]) -> None:
+    """Its own check of the trained forward against the serving one included, which finds no difference."""
+    loaded = load(write(tmp_path, "Q8_0"), "auto", state_dir=tmp_path / "state")
+    finished = events_of(make_spec(tmp_path / "run", random_examples([30, 25], vocab_size=32), max_steps=3), loaded)[-1]
+    assert isinstance(finished, TrainFinished)
+    assert calls == []

@@ -1,0 +1,97 @@
+"""The CPU kernels with every instruction level, on a CPU that has AVX2 alone.
+
+SIMDe (https://github.com/simd-everywhere/simde, Debian's libsimde-dev) computes each AVX-512 intrinsic by what the CPU
+has. The sources are those of the package; only their ``#pragma GCC target`` goes, with which the compiler would use the
+instructions by itself.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import engine.ops.cpu
+
+INTRINSICS = """#pragma once
+#define SIMDE_ENABLE_NATIVE_ALIASES
+#include <simde/x86/avx512.h>
+#include <simde/x86/f16c.h>
+#include <simde/x86/fma.h>
+#include <cstring>
+
+// What version 0.7.4 lacks, or has under another form's name, by halves.
+template <typename To, typename From, typename HalfTo, typename HalfFrom>
+inline To by_halves(From from, HalfTo (*half)(HalfFrom)) {
+  HalfFrom parts[2];
+  HalfTo results[2];
+  To to;
+  std::memcpy(parts, &from, sizeof(from));
+  results[0] = half(parts[0]);
+  results[1] = half(parts[1]);
+  std::memcpy(&to, results, sizeof(to));
+  return to;
+}
+inline __m256 half_of(simde__m512 v, int which) {
+  __m256 parts[2];
+  std::memcpy(parts, &v, sizeof(v));
+  return parts[which];
+}
+#define _mm512_extractf32x8_ps(v, which) half_of(v, which)
+#undef _mm512_madd_epi16
+#define _mm512_madd_epi16(a, b) simde_mm512_madd_epi16(a, b)
+#define _mm256_dpbusd_avx_epi32(sum, a, b) simde_mm256_dpbusd_epi32(sum, a, b)
+#define _mm512_cvtepi32_ps(v) \\
+  by_halves<simde__m512, simde__m512i, __m256, __m256i>(v, [](__m256i half) { return _mm256_cvtepi32_ps(half); })
+#define _mm512_cvtepi8_epi32(v) \\
+  by_halves<simde__m512i, __m128i, __m256i, int64_t>( \\
+      v, [](int64_t half) { return _mm256_cvtepi8_epi32(_mm_cvtsi64_si128(half)); })
+#define _mm512_cvtepu16_epi32(v) \\
+  by_halves<simde__m512i, __m256i, __m256i, __m128i>(v, [](__m128i half) { return _mm256_cvtepu16_epi32(half); })
+"""
+
+FLAGS = [
+    *("-std=c++20", "-O1", "-shared", "-fPIC", "-w", "-Wno-psabi", "-pthread", "-mavx2", "-mfma", "-mf16c"),
+    *("-fno-math-errno", "-DWHET_EMULATED"),
+]
+
+
+def why_not() -> str | None:
+    """What is missing for it; None if nothing is."""
+    if (compiler := shutil.which("g++")) is None:
+        return "there is no g++"
+    found = subprocess.run(
+        [compiler, "-fsyntax-only", "-x", "c++", "-"], input=b"#include <simde/x86/avx512.h>", capture_output=True
+    )
+    return "SIMDe is not installed (Debian: libsimde-dev)" if found.returncode else None
+
+
+def build(directory: Path) -> ctypes.PyDLL:
+    """The library, made in a directory of its own.
+
+    Raises:
+        subprocess.CalledProcessError: the sources do not compile.
+    """
+    (directory / "emulated.h").write_text(INTRINSICS)
+    sources = []
+    for path in Path(engine.ops.cpu.__file__).parent.iterdir():
+        if path.suffix in (".h", ".inl", ".cpp"):
+            text = re.sub(r"(?m)^#pragma GCC target.*$", "", path.read_text())
+            (directory / path.name).write_text(text.replace("#include <immintrin.h>", '#include "emulated.h"'))
+            if path.suffix == ".cpp":
+                sources.append(directory / path.name)
+
+    def compile_one(source: Path) -> str:
+        command = ["g++", *FLAGS, f"-I{directory}", "-c", os.fspath(source), "-o", os.fspath(source.with_suffix(".o"))]
+        subprocess.run(command, check=True, capture_output=True, text=True)
+        return os.fspath(source.with_suffix(".o"))
+
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        objects = list(pool.map(compile_one, sorted(sources)))
+    library = directory / "kernels.so"
+    subprocess.run(["g++", "-shared", "-pthread", *objects, "-o", os.fspath(library)], check=True)
+    return ctypes.PyDLL(os.fspath(library))
