@@ -106,7 +106,7 @@ def front_end(bench: Bench) -> None:
     streams, new_tokens = scale.many_streams, scale.new_tokens * 2
     cores, rates = [], []
     with running_server(bench, model=bench.models.tiny()) as server, Client(server.address) as client:
-        for round_ in range(-1, bench.rounds or scale.rounds):
+        for round_ in range(-scale.warm_up, bench.rounds or scale.rounds):
             before = cpu_seconds(server.pid)
             rate = _sdk_total_rate(client, bench, streams, new_tokens)
             if round_ >= 0:

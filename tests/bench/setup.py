@@ -59,7 +59,7 @@ class Scale:
     embed_texts: int = 128
     embed_batch: int = 32
     embed_tokens: int = 32
-    perplexity_tokens: int = 2048
+    perplexity_tokens: int = 1024
     perplexity_window: int = 512
     many_streams: int = 64
     start_rounds: int = 5
@@ -68,7 +68,7 @@ class Scale:
 FULL = Scale()
 QUICK = Scale(
     rounds=1,
-    warm_up=1,
+    warm_up=0,
     prompt_tokens=16,
     new_tokens=8,
     prefill_tokens=64,
@@ -102,6 +102,7 @@ class Bench:
         hybrid_layers: of the hybrid; fewer than the published 24 take less memory and time.
         rounds: in place of the scale's.
         dtype: of the engine; "auto" is what a server has that is not told.
+        job_slice_seconds: of the engine.
         clock: of what runs in this process. With one thread, that of the processor does not see neighbours.
     """
 
@@ -113,6 +114,7 @@ class Bench:
     hybrid_layers: int = QWEN3_5_0_8B["num_hidden_layers"]
     rounds: int | None = None
     dtype: str = "auto"
+    job_slice_seconds: float = 0.05
     clock: Callable[[], float] = time.perf_counter
     models: Models = field(init=False)
     peers: Peers = field(init=False)
@@ -148,6 +150,7 @@ class Bench:
                     num_threads=self.threads,
                     state_dir=str(self.work_dir / "state"),
                     kv_cache_bytes=CACHE_BYTES,
+                    job_slice_seconds=self.job_slice_seconds,
                     gguf_weights="float" if name == GENERATOR_FLOAT else "auto",
                 )
             )

@@ -36,7 +36,7 @@ AIMS: dict[str, str] = {
 }
 """Ratios to the best peer, above 1 where ours is better: half its memory is a ratio of 2."""
 
-HEAD = ("measure", "ours", "best peer", "ratio", "aim", "of the floor", "what is left")
+HEAD = ("measure", "command", "ours", "best peer", "ratio", "aim", "of the floor", "what is left")
 
 
 def number(value: float, unit: str) -> str:
@@ -47,18 +47,23 @@ def number(value: float, unit: str) -> str:
 
 
 def rows(lines: Iterable[dict[str, Any]], remarks: dict[str, str]) -> list[tuple[str, ...]]:
-    """A row for each measure, in the order of the lines, against the peer that is best at it."""
-    measures: dict[str, list[dict[str, Any]]] = {}
+    """A row for each measure, in the order of AIMS and then of the lines, against the peer that is best at it."""
+    measures: dict[str, list[dict[str, Any]]] = {measure: [] for measure in AIMS}
     for line in lines:
         measures.setdefault(line["measure"], []).append(line)
     table = []
     for measure, found in measures.items():
+        command = f"`python -m tests.bench {measure.removesuffix('_memory')}`"
+        if not found:
+            table.append((f"`{measure}`", command, "not measured", "", "", AIMS[measure], "", remarks.get(measure, "")))
+            continue
         compared = [line for line in found if line["peer"] is not None]
         best = min(compared, key=lambda line: line["ratio"]) if compared else found[0]
         fraction = best.get("floor_fraction")
         table.append(
             (
                 f"`{measure}` {best['model']}",
+                command,
                 number(best["value"], best["unit"]),
                 f"{best['peer']}: {number(best['peer_value'], best['unit'])}" if compared else "",
                 f"{best['ratio']:.2f}" if compared else "",

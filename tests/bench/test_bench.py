@@ -28,7 +28,13 @@ def restored_threads(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.T
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("measure", MEASURES)
+SAME_CODE = {"train_qv", "hybrid_train_qv", "prefill_q8", "hybrid_prefill_q8", "hybrid_decode_8", "decode_8"}
+"""Measures that differ from another one in numbers alone."""
+
+
+@pytest.mark.parametrize(
+    "measure", [pytest.param(name, marks=[pytest.mark.slow] if name in SAME_CODE else []) for name in MEASURES]
+)
 def test_a_quick_run_prints_a_line_of_the_schema(measure: str, capsys: pytest.CaptureFixture[str]) -> None:
     main([measure, "--quick", "--threads", "1"])
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
