@@ -172,8 +172,10 @@ class EngineConfig:
             for it, unless dtype is "float32". "off": products are of floats. Training never rounds them.
         state_checkpoint_interval: blocks between the checkpoints of recurrent state that prefixes are shared from,
             besides those at the ends of prompts and completions; 0: only those.
-        job_slice_seconds: target duration of a slice of a job while requests are running.
+        job_slice_seconds: no slice of a job is planned to take longer.
         job_share: fraction of the loop's time that jobs may take while requests are running, (0, 1].
+        job_max_slowdown: largest factor by which jobs may stretch the time between two tokens of a stream, above 1;
+            inf: any. Of F, jobs get at most a fraction 1 - 1/F of the time while streams decode.
         state_dir: adapters, checkpoints and quantized models live below it.
     """
 
@@ -192,6 +194,7 @@ class EngineConfig:
     state_checkpoint_interval: int = 64
     job_slice_seconds: float = 0.05
     job_share: float = 0.5
+    job_max_slowdown: float = 1.4
     state_dir: str = ""
 
     @property

@@ -5,6 +5,7 @@ Shapes: T tokens of all sequences laid end to end, S sequences, B blocks of the 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -26,6 +27,12 @@ class LoRADelta(Protocol):
         """y plus the low-rank updates of the stacked experts ``name`` for rows x sorted by expert; both [M, ·].
         ``tokens`` [M] tells the token of each row, ``counts`` [E] the rows of each expert."""
         ...
+
+
+State = tuple["Tensor", ...]
+"""What a stage of a layer hands to the next."""
+
+Stage = Callable[[State], State]
 
 
 class LayerRunner(Protocol):

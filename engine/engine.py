@@ -33,6 +33,7 @@ from engine.jobs import (
     JobFailed,
     JobSpec,
     MergeSpec,
+    Pause,
     PerplexitySpec,
     QuantizeSpec,
     TrainSpec,
@@ -73,7 +74,12 @@ class Engine:
         torch.set_num_threads(num_threads)
         cpu.set_num_threads(num_threads)
         self._models: dict[str, LoadedModel] = {}
-        self._jobs = JobLoop(config.job_slice_seconds, config.job_share)
+        self._jobs = JobLoop(
+            config.job_slice_seconds,
+            config.job_share,
+            config.job_max_slowdown,
+            synchronize=torch.cuda.synchronize if self.device.type == "cuda" else None,
+        )
 
     # ------------------------------------------------------------------------------------------------------- models
 
@@ -185,7 +191,7 @@ class Engine:
             trains={name for name in names if name is not None},
         )
 
-    def _slices(self, spec: JobSpec, loaded: LoadedModel) -> Iterator[JobEvent | None]:
+    def _slices(self, spec: JobSpec, loaded: LoadedModel) -> Iterator[JobEvent | Pause | None]:
         if isinstance(spec, TrainSpec):
             return train(spec, loaded)
         if isinstance(spec, QuantizeSpec):
@@ -319,6 +325,7 @@ class Engine:
             models=[m.runner.drain_stats() for m in self._models.values() if m.runner is not None],
             job_share=share,
             job_slice_seconds=slices,
+            job_gap_seconds=self._jobs.gap_seconds if self._jobs else None,
         )
 
     def _owner(self, request_id: str) -> Runner | None:

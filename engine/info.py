@@ -133,9 +133,11 @@ class ModelStats:
 @dataclass(slots=True, kw_only=True)
 class EngineStats:
     """Attributes: job_share: job kind to the fraction of the loop's time it took since the last call;
-    job_slice_seconds: job kind to durations of slices since the last call."""
+    job_slice_seconds: job kind to durations of slices since the last call; job_gap_seconds: what jobs may take between
+    two steps, as planned now, None without jobs."""
 
     models: list[ModelStats] = field(default_factory=list)
     job_share: dict[str, float] = field(default_factory=dict)
     job_slice_seconds: dict[str, list[float]] = field(default_factory=dict)
+    job_gap_seconds: float | None = None
     memory: dict[str, Any] = field(default_factory=dict)

@@ -1,12 +1,14 @@
 """Jobs: what they are asked (specs) and what they report (events). Free of torch.
 
-A job is a generator that yields after each bounded slice of work: an event of this module, or None. Specs and events
-are plain dataclasses, so that msgspec carries them between processes. Every job ends with exactly one terminal event:
-TrainFinished, QuantizeFinished, MergeFinished, PerplexityFinished, EmbedFinished, or JobFailed.
+A job is a generator that yields after each bounded piece of work: an event of this module, or a Pause that says what
+comes next, or None. Specs and events are plain dataclasses, so that msgspec carries them between processes. Every job
+ends with exactly one terminal event: TrainFinished, QuantizeFinished, MergeFinished, PerplexityFinished, EmbedFinished,
+or JobFailed.
 """
 
 from __future__ import annotations
 
+from collections.abc import Generator
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -14,6 +16,19 @@ from engine.info import AdapterSource
 
 MAX_SOURCES = 64
 """Adapters that may go into one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pause:
+    """Yielded by a job between two pieces of work; it stays in the engine.
+
+    Attributes:
+        kind: of the next piece ("forward"); pieces of a kind cost time in proportion to their size.
+        size: of the next piece, in any unit that its kind keeps to; above 0.
+    """
+
+    kind: str
+    size: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -490,3 +505,5 @@ JobEvent = (
     | JobFailed
 )
 TERMINAL_EVENTS = (TrainFinished, QuantizeFinished, MergeFinished, PerplexityFinished, EmbedFinished, JobFailed)
+Slices = Generator[JobEvent | Pause | None, None, None]
+"""A job as it runs."""

@@ -155,10 +155,17 @@ class ServerConfig(BaseSettings):
         "0: only at the ends of prompts and completions.",
     )
     job_slice_ms: float = Field(
-        default=50.0, gt=0, le=60_000, description="Target milliseconds of one slice of a job while requests run."
+        default=50.0, gt=0, le=60_000, description="Most milliseconds that one slice of a job is planned to take."
     )
     job_share: float = Field(
         default=0.5, gt=0, le=1, description="Fraction of the engine's time that jobs may take while requests run."
+    )
+    job_max_slowdown: float = Field(
+        default=1.4,
+        gt=1,
+        le=1000,
+        description="Largest factor by which jobs may stretch the time between two tokens of a stream. With 1.4, what "
+        "jobs do between two steps is planned to take at most 0.4 of a step.",
     )
     heartbeat_stale_seconds: float = Field(
         default=20.0,
@@ -317,6 +324,7 @@ class ServerConfig(BaseSettings):
             state_checkpoint_interval=self.state_checkpoint_interval,
             job_slice_seconds=self.job_slice_ms / 1000,
             job_share=self.job_share,
+            job_max_slowdown=self.job_max_slowdown,
             state_dir=str(self.state_dir),
         )
 

@@ -86,7 +86,7 @@ class Metrics:
             "train_checkpoint_seconds", "Time to write a checkpoint.", SECONDS_BUCKETS, ["job_kind"]
         )
         self.job_slice_seconds = self._histogram(
-            "job_slice_seconds", "Duration of slices of jobs.", SECONDS_BUCKETS, ["job_kind"]
+            "job_slice_seconds", "Duration of slices of jobs.", TOKEN_BUCKETS, ["job_kind"]
         )
         self.quantize_bytes_in_total = self._counter("quantize_bytes_in", "Bytes of weights read.", ["model"])
         self.quantize_bytes_out_total = self._counter("quantize_bytes_out", "Bytes of weights written.", ["model"])

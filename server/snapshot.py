@@ -130,6 +130,9 @@ def whet_families(snapshot: Snapshot) -> Iterator[Family]:
     share = GaugeMetricFamily(
         "whet_job_share_ratio", "Fraction of the loop's time that jobs took.", labels=["worker", "job_kind"]
     )
+    gap = GaugeMetricFamily(
+        "whet_job_gap_seconds", "What jobs may take between two steps of serving, as planned now.", labels=["worker"]
+    )
     for worker in snapshot.workers:
         up.add_metric([worker.worker], float(worker.up))
         restarts.add_metric([worker.worker], worker.restarts)
@@ -137,4 +140,6 @@ def whet_families(snapshot: Snapshot) -> Iterator[Family]:
             age.add_metric([worker.worker], worker.heartbeat_age_seconds)
         for kind, ratio in worker.stats.job_share.items():
             share.add_metric([worker.worker, kind], ratio)
-    yield from (up, age, restarts, share)
+        if worker.stats.job_gap_seconds is not None:
+            gap.add_metric([worker.worker], worker.stats.job_gap_seconds)
+    yield from (up, age, restarts, share, gap)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,7 +12,7 @@ import torch
 from engine.config import EngineConfig
 from engine.core.loaded import LoadedModel
 from engine.core.model_loader import load_model
-from engine.jobs import JobEvent, LoRAParams, TokenizedExample, TrainParams, TrainSpec, TrainStep
+from engine.jobs import JobEvent, LoRAParams, Pause, TokenizedExample, TrainParams, TrainSpec, TrainStep
 from engine.training.data import write_dataset
 from engine.training.trainer import train
 
@@ -63,7 +63,12 @@ def make_spec(
 
 def events_of(spec: TrainSpec, loaded: LoadedModel) -> list[JobEvent]:
     """All events of a run that goes to its end."""
-    return [event for event in train(spec, loaded) if event is not None]
+    return told(train(spec, loaded))
+
+
+def told(items: Iterable[JobEvent | Pause | None]) -> list[JobEvent]:
+    """Of what a job yields, the events."""
+    return [item for item in items if item is not None and not isinstance(item, Pause)]
 
 
 def of_type(events: Iterator[JobEvent] | Sequence[JobEvent], kind: type[E]) -> list[E]:

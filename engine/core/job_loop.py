@@ -1,47 +1,69 @@
 """Runs jobs a slice at a time beside serving.
 
-A job is a generator; each ``next`` is one slice. While requests are running, jobs may take ``job_share`` of the loop's
-time: each serving step earns credit, each slice spends it. Without requests jobs run freely, yet control still returns
-after ``job_slice_seconds``, so that commands and new requests are seen.
+A job is a generator; each ``next`` is one piece of work, and a slice is the pieces that run between two steps. While
+requests are running, each step earns jobs credit and each piece spends it, so that jobs get ``share`` of the time; and
+a slice is no longer than the planner's gap, so that they get it in amounts that a stream does not notice. A piece that
+is longer than the gap by itself runs alone, once the credit for it has gathered over several steps. Without requests
+jobs run freely, yet control returns after ``slice_seconds``, so that commands and new requests are seen.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Collection, Generator, Iterator
 from dataclasses import dataclass
 
 from engine.core.failures import as_engine_error
+from engine.core.slice_planner import SlicePlanner
 from engine.errors import AlreadyExistsError, EngineError, InternalError, NotFoundError
-from engine.jobs import TERMINAL_EVENTS, JobEvent, JobFailed
+from engine.jobs import TERMINAL_EVENTS, JobEvent, JobFailed, Pause
 
 logger = logging.getLogger(__name__)
 
 
+Pieces = Iterator[JobEvent | Pause | None]
+
+
 @dataclass(slots=True)
 class _Job:
+    """Attributes: upcoming: what the next piece is, where the job said so."""
+
     job_id: str
     kind: str
     model: str
-    slices: Iterator[JobEvent | None]
+    slices: Pieces
     holds: Collection[tuple[str, int]]
     trains: Collection[str]
+    upcoming: Pause | None = None
 
 
 class JobLoop:
     """The jobs of one engine, advanced in turn.
 
     Args:
-        slice_seconds: how long one call of advance may take, about; a slice that is longer runs to its end.
+        slice_seconds: how long one call of advance may take, about; a piece that is longer runs to its end.
         share: fraction of the time that jobs may take while requests are running, (0, 1].
+        max_slowdown: largest factor by which jobs may stretch the time between two steps, above 1; inf: any.
+        synchronize: waits for the device, where work is only launched; None: it is done when a call returns.
     """
 
-    def __init__(self, slice_seconds: float, share: float, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        slice_seconds: float,
+        share: float,
+        max_slowdown: float = math.inf,
+        clock: Callable[[], float] = time.monotonic,
+        synchronize: Callable[[], None] | None = None,
+    ) -> None:
         self._slice_seconds = slice_seconds
-        self._earn = share / (1.0 - share) if share < 1.0 else None
+        by_share = share / (1.0 - share) if share < 1.0 else math.inf
+        self._earn = min(by_share, max_slowdown - 1.0)
+        self._planner = SlicePlanner(slice_seconds, max_slowdown)
         self._clock = clock
+        self._synchronize = synchronize
         self._jobs: deque[_Job] = deque()
         self._credit = 0.0
         self._slices: dict[str, list[float]] = defaultdict(list)
@@ -68,7 +90,7 @@ class JobLoop:
         job_id: str,
         kind: str,
         model: str,
-        slices: Iterator[JobEvent | None],
+        slices: Pieces,
         *,
         holds: Collection[tuple[str, int]] = (),
         trains: Collection[str] = (),
@@ -106,7 +128,7 @@ class JobLoop:
                 if isinstance(job.slices, Generator):
                     event = job.slices.throw(error)
                     while True:
-                        if event is not None:
+                        if event is not None and not isinstance(event, Pause):
                             events.append(event)
                         event = next(job.slices)
             except StopIteration:
@@ -117,37 +139,69 @@ class JobLoop:
                 events.append(_failure(job, raised))
         return events
 
+    @property
+    def gap_seconds(self) -> float:
+        """What jobs may take between the next two steps."""
+        return self._planner.gap_seconds
+
     def served(self, seconds: float) -> None:
-        """Tells that serving took so long, which earns the jobs their share."""
-        if self._earn is not None:
-            self._credit = min(self._credit + seconds * self._earn, self._slice_seconds)
+        """Tells how long a step took, which earns the jobs their share."""
+        self._planner.served(seconds)
+        if not self._jobs:
+            return
+        # Credit for a full slice, or for the longest of the pieces that wait.
+        most = max(self._slice_seconds, *(self._cost(job) for job in self._jobs))
+        self._credit = most if math.isinf(self._earn) else min(self._credit + seconds * self._earn, most)
 
     def advance(self, serving: bool) -> list[JobEvent]:
-        """Runs slices of the jobs in turn, within the time that is due.
+        """Runs a slice: pieces of the job whose turn it is, and of the next ones where it ends.
 
         Args:
             serving: whether requests are running.
-        Returns: the events that the slices brought.
+        Returns: the events that the pieces brought.
         """
         events: list[JobEvent] = []
         if not serving:
             self._credit = 0.0
-        elif self._earn is not None and self._credit <= 0.0:
-            return events
-        end = self._clock() + self._slice_seconds
-        while self._jobs:
+        limit = self._planner.gap_seconds if serving else self._slice_seconds
+        spent: dict[str, float] = defaultdict(float)
+        total = 0.0
+        while self._jobs and (self._is_due(self._jobs[0], total, limit) if serving else not spent or total < limit):
             job = self._jobs.popleft()
-            begin = self._clock()
-            finished = self._slice(job, events)
-            now = self._clock()
-            self._slices[job.kind].append(now - begin)
-            self._job_seconds[job.kind] += now - begin
-            self._credit -= now - begin
-            if not finished:
-                self._jobs.append(job)
-            if now >= end or (serving and self._earn is not None and self._credit <= 0.0):
-                break
+            seconds, ended = self._piece(job, events, serving)
+            if not ended:
+                self._jobs.appendleft(job)
+            total += seconds
+            spent[job.kind] += seconds
+            self._credit -= seconds
+        if spent:
+            self._jobs.rotate(-1)
+        for kind, seconds in spent.items():
+            self._slices[kind].append(seconds)
+            self._job_seconds[kind] += seconds
         return events
+
+    def _is_due(self, job: _Job, spent: float, limit: float) -> bool:
+        """Whether the next piece of a job may run in this gap, of which so much is spent."""
+        cost = self._cost(job)
+        if self._credit <= 0.0 or self._credit < cost:
+            return False
+        return spent == 0.0 or spent + cost <= limit
+
+    def _cost(self, job: _Job) -> float:
+        """Seconds that its next piece is expected to take; 0 where nothing is known."""
+        return self._planner.cost(job.kind, job.upcoming) or 0.0
+
+    def _piece(self, job: _Job, events: list[JobEvent], serving: bool) -> tuple[float, bool]:
+        """One piece: its seconds, and whether the job has ended."""
+        begin, piece = self._clock(), job.upcoming
+        ended = self._next(job, events)
+        if serving and self._synchronize is not None:
+            self._synchronize()
+        seconds = self._clock() - begin
+        if serving or self._synchronize is None:
+            self._planner.observe(job.kind, piece, seconds)
+        return seconds, ended
 
     def drain_stats(self) -> tuple[dict[str, float], dict[str, list[float]]]:
         """Per kind, the share of time since the last call, and the seconds of each slice."""
@@ -160,8 +214,9 @@ class JobLoop:
         self._slices = defaultdict(list)
         return share, slices
 
-    def _slice(self, job: _Job, events: list[JobEvent]) -> bool:
-        """One slice; True once the job has ended. A job that fails takes nothing else with it."""
+    def _next(self, job: _Job, events: list[JobEvent]) -> bool:
+        """Takes a job to its next pause; True once it has ended. One that fails takes nothing else with it."""
+        job.upcoming = None
         try:
             event = next(job.slices)
         except StopIteration:
@@ -169,7 +224,9 @@ class JobLoop:
         except Exception as error:  # noqa: BLE001 - reported to the job's caller
             events.append(_failure(job, error))
             return True
-        if event is not None:
+        if isinstance(event, Pause):
+            job.upcoming = event
+        elif event is not None:
             events.append(event)
         if isinstance(event, TERMINAL_EVENTS):
             self._close(job)

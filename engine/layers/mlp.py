@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.config import ModelConfig
-from engine.context import ForwardContext
+from engine.context import ForwardContext, Stage, State
 from engine.errors import FormatError
 from engine.layers.linear import Linear
 from engine.quantization.base import SchemeMap
@@ -73,6 +73,23 @@ class GatedMLP(nn.Module):
         self.up_proj = linear("up_proj", config.hidden_size, width)
         self.down_proj = linear("down_proj", width, config.hidden_size)
         self.act = activation(config.hidden_act)
+
+    def stages(self, ctx: ForwardContext) -> list[Stage]:
+        """``forward`` in stages of one product each, from (x,) to (y,); what stands before these is handed on."""
+
+        def gate(state: State) -> State:
+            *rest, x = state
+            return (*rest, x, self.gate_proj(x, ctx))
+
+        def up(state: State) -> State:
+            *rest, x, gated = state
+            return (*rest, self.act(gated) * self.up_proj(x, ctx))
+
+        def down(state: State) -> State:
+            *rest, inner = state
+            return (*rest, self.down_proj(inner, ctx))
+
+        return [gate, up, down]
 
     def forward(self, x: Tensor, ctx: ForwardContext) -> Tensor:
         """x [T, D]: [T, D]."""

@@ -7,14 +7,16 @@ loader copies names without a map.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from engine.config import ModelConfig
-from engine.context import ForwardContext
-from engine.layers.linear import Linear
+from engine.context import ForwardContext, Stage, State
+from engine.layers.linear import Embedding, Linear
+from engine.layers.mlp import GatedMLP
 from engine.layers.moe import Experts
 from engine.lora.targets import LinearLike
 from engine.quantization.base import SchemeMap
@@ -76,6 +78,22 @@ class CausalLM(Model):
     def compute_logits(self, hidden: Tensor) -> Tensor:
         """hidden [N, D]: logits [N, V] float32, soft cap applied."""
 
+    def compute_logits_part(self, hidden: Tensor, start: int, end: int) -> Tensor:
+        """hidden [N, D]: columns [start, end) of ``compute_logits``, for a large vocabulary in parts."""
+        head = self.head
+        return self.cap_logits(head.scheme.apply_part(head, hidden, start, end).float())
+
+    def cap_logits(self, logits: Tensor) -> Tensor:
+        """What the family does to each logit behind its head."""
+        return logits
+
+    @property
+    def head(self) -> Linear | Embedding:
+        """What gives the logits: ``lm_head``, or the embeddings that it is tied to."""
+        head = self._modules.get("lm_head") or self.get_submodule("model.embed_tokens")
+        assert isinstance(head, Linear | Embedding)
+        return head
+
     @property
     @abstractmethod
     def num_attention_layers(self) -> int:
@@ -90,6 +108,35 @@ class CausalLM(Model):
     def num_mtp_layers(self) -> int:
         """Layers of a head for multi-token prediction that the checkpoint brought."""
         return 0
+
+
+def layer_stages(
+    mix: Callable[[Tensor], Tensor],
+    norm: nn.Module,
+    mlp: nn.Module,
+    add: Callable[[Tensor, Tensor], Tensor],
+    ctx: ForwardContext,
+) -> list[Stage]:
+    """A decoder layer in stages, from (x,) to (y,): the token mixer, then the products of the MLP one by one.
+
+    Args:
+        mix: the layer up to its MLP, residual included.
+        norm: of the MLP's input.
+        add: takes (x, the MLP's output) to the layer's.
+    """
+    stages: list[Stage] = [lambda state: (mix(state[0]),)]
+    if not isinstance(mlp, GatedMLP):
+        return [*stages, lambda state: (add(state[0], mlp(norm(state[0]), ctx)),)]
+    gate, *between, last = mlp.stages(ctx)
+
+    def first(state: State) -> State:
+        return gate((state[0], norm(state[0])))
+
+    def finish(state: State) -> State:
+        x, y = last(state)
+        return (add(x, y),)
+
+    return [*stages, first, *between, finish]
 
 
 def run_layer(layer: nn.Module, x: Tensor, ctx: ForwardContext, *args: Tensor) -> Tensor:

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from engine.config import ModelConfig
-from engine.context import ForwardContext
+from engine.context import ForwardContext, Stage
 from engine.layers.attention import Attention
 from engine.layers.linear import Embedding, Linear
 from engine.layers.mlp import GatedMLP
 from engine.layers.norm import RMSNorm
 from engine.layers.rope import RotaryEmbedding
-from engine.models.base import CausalLM, models, run_layer
+from engine.models.base import CausalLM, layer_stages, models, run_layer
 from engine.quantization.base import SchemeMap
 
 
@@ -48,6 +48,18 @@ class Gemma3DecoderLayer(nn.Module):
         self.post_attention_layernorm = norm()
         self.pre_feedforward_layernorm = norm()
         self.post_feedforward_layernorm = norm()
+
+    def stages(self, ctx: ForwardContext, cos: Tensor, sin: Tensor) -> list[Stage]:
+        """``forward`` in stages; see layer_stages."""
+
+        def mix(x: Tensor) -> Tensor:
+            mixed = self.self_attn(self.input_layernorm(x), ctx, cos, sin)
+            return x + self.post_attention_layernorm(mixed)  # type: ignore[no-any-return]
+
+        def add(x: Tensor, y: Tensor) -> Tensor:
+            return x + self.post_feedforward_layernorm(y)  # type: ignore[no-any-return]
+
+        return layer_stages(mix, self.pre_feedforward_layernorm, self.mlp, add, ctx)
 
     def forward(self, x: Tensor, ctx: ForwardContext, cos: Tensor, sin: Tensor) -> Tensor:
         """x [T, D]: [T, D]."""
@@ -118,5 +130,8 @@ class Gemma3ForCausalLM(CausalLM):
             logits = self.model.embed_tokens.project(hidden).float()
         else:
             logits = self.lm_head.scheme.apply(self.lm_head, hidden).float()
+        return self.cap_logits(logits)
+
+    def cap_logits(self, logits: Tensor) -> Tensor:
         cap = self.config.final_logit_softcapping
         return logits if cap is None else cap * torch.tanh(logits / cap)

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from engine.config import ModelConfig
-from engine.context import ForwardContext
+from engine.context import ForwardContext, Stage
 from engine.layers.attention import Attention
 from engine.layers.linear import Embedding, Linear
 from engine.layers.mlp import GatedMLP
 from engine.layers.norm import RMSNorm
 from engine.layers.rope import RotaryEmbedding
-from engine.models.base import CausalLM, models, run_layer
+from engine.models.base import CausalLM, layer_stages, models, run_layer
 from engine.quantization.base import SchemeMap
 
 
@@ -38,6 +38,14 @@ class DecoderLayer(nn.Module):
         self.mlp = GatedMLP(config, f"{name}.mlp", schemes, dtype)
         self.input_layernorm = RMSNorm(config.hidden_size, config.norm_eps, dtype=dtype)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps, dtype=dtype)
+
+    def stages(self, ctx: ForwardContext, cos: Tensor, sin: Tensor) -> list[Stage]:
+        """``forward`` in stages; see layer_stages."""
+
+        def mix(x: Tensor) -> Tensor:
+            return x + self.self_attn(self.input_layernorm(x), ctx, cos, sin)  # type: ignore[no-any-return]
+
+        return layer_stages(mix, self.post_attention_layernorm, self.mlp, torch.add, ctx)
 
     def forward(self, x: Tensor, ctx: ForwardContext, cos: Tensor, sin: Tensor) -> Tensor:
         """x [T, D]: [T, D]."""

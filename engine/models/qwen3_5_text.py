@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.config import LayerType, ModelConfig
-from engine.context import ForwardContext
+from engine.context import ForwardContext, Stage
 from engine.layers.attention import Attention
 from engine.layers.gated_delta_net import GatedDeltaNet
 from engine.layers.linear import Embedding, Linear
@@ -21,7 +21,7 @@ from engine.layers.mlp import GatedMLP
 from engine.layers.moe import SparseMoE
 from engine.layers.norm import RMSNorm
 from engine.layers.rope import RotaryEmbedding
-from engine.models.base import CausalLM, models, run_layer
+from engine.models.base import CausalLM, layer_stages, models, run_layer
 from engine.models.qwen3_5_mtp import Qwen3_5MTP
 from engine.quantization.base import SchemeMap
 
@@ -48,6 +48,16 @@ class Qwen3_5DecoderLayer(nn.Module):
         self.mlp = mlp(config, f"{name}.mlp", schemes, dtype)
         self.input_layernorm = RMSNorm(config.hidden_size, config.norm_eps, shifted=True, dtype=dtype)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps, shifted=True, dtype=dtype)
+
+    def stages(self, ctx: ForwardContext, cos: Tensor, sin: Tensor) -> list[Stage]:
+        """``forward`` in stages; see layer_stages."""
+
+        def mix(x: Tensor) -> Tensor:
+            normed = self.input_layernorm(x)
+            mixed = self.linear_attn(normed, ctx) if self.is_linear else self.self_attn(normed, ctx, cos, sin)
+            return x + mixed  # type: ignore[no-any-return]
+
+        return layer_stages(mix, self.post_attention_layernorm, self.mlp, torch.add, ctx)
 
     def forward(self, x: Tensor, ctx: ForwardContext, cos: Tensor, sin: Tensor) -> Tensor:
         """x [T, D]: [T, D]."""

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from engine.ops import cpu
 from engine.ops.dense import linear
+from engine.ops.quantized import WeightRows, quantized_linear
 from engine.registry import Registry
 
 
@@ -35,6 +36,15 @@ class LinearScheme(ABC):
     @abstractmethod
     def dequantize(self, module: nn.Module, dtype: torch.dtype = torch.float32) -> Tensor:
         """W [out_features, in_features]."""
+
+    def rows(self, module: nn.Module) -> WeightRows:
+        """Reads W a few rows at a time. Schemes that can do so without making all of it override this."""
+        return lambda start, end, dtype: self.dequantize(module, dtype)[start:end]
+
+    def apply_part(self, module: nn.Module, x: Tensor, start: int, end: int) -> Tensor:
+        """Outputs [start, end) of ``apply`` alone, for a product that is to be taken in parts."""
+        rows = self.rows(module)
+        return quantized_linear(x, lambda s, e, dtype: rows(start + s, start + e, dtype), end - start)
 
     def embed(self, module: nn.Module, ids: Tensor) -> Tensor:
         """Rows of W for ids [T]: [T, in_features]. Schemes with cheap row access override this."""
@@ -58,6 +68,9 @@ class Unquantized(LinearScheme):
         if cpu.takes(x) and (packed := cpu.packed(module, weight, lambda: cpu.StoredWeight(weight))) is not None:
             return packed.linear(x)
         return linear(x, weight)
+
+    def apply_part(self, module: nn.Module, x: Tensor, start: int, end: int) -> Tensor:
+        return linear(x, module.get_parameter("weight")[start:end])
 
     def dequantize(self, module: nn.Module, dtype: torch.dtype = torch.float32) -> Tensor:
         return module.get_parameter("weight").to(dtype)

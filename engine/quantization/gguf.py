@@ -79,6 +79,9 @@ class GGUFBlocks(LinearScheme):
         shift = self.block.zero_point
         return cpu.packed(module, values, lambda: cpu.StoredWeight(values, scale, offsets=offset, shift=shift))
 
+    def rows(self, module: nn.Module) -> WeightRows:
+        return self._rows(module, self._packed(module))
+
     def _rows(self, module: nn.Module, packed: cpu.PackedWeights | None) -> WeightRows:
         values, scale, offset = self._stored(module)
 

@@ -105,7 +105,7 @@ class Int4Grouped(LinearScheme):
             flat = x.reshape(num_rows, x.shape[-1])
             y: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(flat, kernel, self.group_size, scale_and_zero)
             return y.view(*x.shape[:-1], y.shape[-1])
-        return quantized_linear(x, self._rows(module), module.get_parameter("weight_scale").shape[0])
+        return quantized_linear(x, self.rows(module), module.get_parameter("weight_scale").shape[0])
 
     def dequantize(self, module: nn.Module, dtype: torch.dtype = torch.float32) -> Tensor:
         return self._widen(*self._stored(module), dtype)
@@ -114,7 +114,7 @@ class Int4Grouped(LinearScheme):
         values, scale, zero = self._stored(module)
         return self._widen(values[ids], scale[ids], None if zero is None else zero[ids], scale.dtype)
 
-    def _rows(self, module: nn.Module) -> WeightRows:
+    def rows(self, module: nn.Module) -> WeightRows:
         values, scale, zero = self._stored(module)
         packed = self._packed(module)
 

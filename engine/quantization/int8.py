@@ -83,6 +83,10 @@ class Int8PerChannel(LinearScheme):
         weight, scale = module.get_parameter("weight"), module.get_parameter("weight_scale")
         return _rows(weight, scale, None)(0, weight.shape[0], dtype)
 
+    def rows(self, module: nn.Module) -> WeightRows:
+        weight, scale = module.get_parameter("weight"), module.get_parameter("weight_scale")
+        return _rows(weight, scale, cpu.packed(module, weight, lambda: cpu.StoredWeight(weight, scale)))
+
     def embed(self, module: nn.Module, ids: Tensor) -> Tensor:
         scale = module.get_parameter("weight_scale")
         return module.get_parameter("weight")[ids].to(scale.dtype) * scale[ids]

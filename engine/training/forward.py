@@ -15,11 +15,14 @@ from torch import Tensor
 from engine.core.chunked import chunked_hidden
 from engine.core.loaded import LoadedModel
 from engine.errors import FailedPreconditionError, InvalidArgumentError
+from engine.jobs import Pause
 from engine.lora.adapter import Adapter
 from engine.training.batching import MicroBatch
 from engine.training.loss import LOGITS_CHUNK_BYTES, chunked_cross_entropy
+from engine.training.loss_slices import Loss, nll_slices
 from engine.training.recompute import RecomputedLayers
 from engine.training.seeds import derive_seed
+from engine.training.segments import Segments
 
 ROUNDINGS = 8
 """How many roundings of the largest logit two orders of summation may differ by in a type narrower than float32."""
@@ -68,11 +71,14 @@ class TrainingForward:
         self._resident = loaded.dtype
         self.dtype = dtype
         self._recomputes = recomputes
+        self._is_serving = loaded.is_serving
 
     def _autocast(self) -> contextlib.AbstractContextManager[object]:
         if self.dtype == self._resident:
             return contextlib.nullcontext()
-        return torch.autocast(self._device.type, dtype=self.dtype)
+        # The cache would narrow the input of a segment, a leaf, once for all its uses, and so add their gradients in
+        # the narrow type.
+        return torch.autocast(self._device.type, dtype=self.dtype, cache_enabled=False)
 
     def hidden(self, batch: MicroBatch, adapter: Adapter | None, generator: torch.Generator | None = None) -> Tensor:
         """Final hidden states [T, D], differentiable with respect to the adapter where gradients are on."""
@@ -80,6 +86,19 @@ class TrainingForward:
         with self._autocast():
             hidden: Tensor = self._model(batch.token_ids, batch.context(adapter, generator, run_layer))
         return hidden
+
+    def segments(
+        self, batch: MicroBatch, adapter: Adapter | None, generator: torch.Generator | None = None
+    ) -> Segments:
+        """The forward of ``hidden`` in pieces, and its backward."""
+        run_layer = RecomputedLayers(generator) if self._recomputes else None
+        ctx = batch.context(adapter, generator, run_layer)
+        return Segments(self._model, batch.token_ids, ctx, self._autocast, self._is_serving)
+
+    def nll_slices(self, hidden: Tensor, batch: MicroBatch, *, gradient: bool) -> Generator[Pause, None, Loss]:
+        """The loss of ``nll_sum`` in pieces, and its gradient for the hidden states [N, D] that predict."""
+        head = self._model.compute_logits_part
+        return nll_slices(hidden, batch.targets, head, self._vocab_size, gradient=gradient, autocast=self._autocast)
 
     def nll_sum(self, hidden: Tensor, batch: MicroBatch) -> Tensor:
         """Sum of the NLLs of the batch's N predictions, float32."""
@@ -109,7 +128,7 @@ def probe(adapter: Adapter, seed: int) -> Adapter:
 
 def forward_difference(
     forward: TrainingForward, loaded: LoadedModel, batches: Iterable[MicroBatch], adapter: Adapter
-) -> Generator[None, None, tuple[float, float]]:
+) -> Generator[Pause | None, None, tuple[float, float]]:
     """Compares the training forward with the serving forward: block cache, chunks of max_batch_tokens. Yields between
     forwards.
 
@@ -120,9 +139,7 @@ def forward_difference(
     difference = torch.zeros((), dtype=torch.float64)
     largest = torch.zeros((), dtype=torch.float64)
     for batch in batches:
-        with torch.enable_grad():  # as in training
-            trained = forward.hidden(batch, adapter).detach()
-        yield
+        trained = yield from forward.segments(batch, adapter).forward()  # with gradients on, as in training
         sequences = [ids.tolist() for ids in torch.split(batch.token_ids, batch.lengths)]
         starts = [sum(batch.lengths[:index]) for index in range(len(sequences))]
         for states in chunked_hidden(
@@ -137,7 +154,7 @@ def forward_difference(
                     # maximum and amax pass NaN on.
                     difference = torch.maximum(difference, (ours - theirs).abs().amax().double().cpu())
                     largest = torch.maximum(largest, theirs.abs().amax().double().cpu())
-            yield
+            yield None
     return float(difference), float(largest)
 
 

@@ -1,4 +1,4 @@
-"""Passes over a batch that is cut into forwards. All of them yield between slices."""
+"""Passes over a batch that is cut into forwards, in pieces of a layer or less with a pause before each."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import torch
 
+from engine.jobs import Pause
 from engine.lora.adapter import Adapter
 from engine.training.batching import MicroBatch
 from engine.training.forward import TrainingForward
@@ -19,8 +20,8 @@ def accumulate_gradients(
     adapter: Adapter,
     num_loss_tokens: int,
     generator: torch.Generator | None = None,
-) -> Generator[None, None, float]:
-    """Adds to the masters' gradients those of the mean loss. A slice is a forward, a loss or a backward.
+) -> Generator[Pause, None, float]:
+    """Adds to the masters' gradients those of the mean loss.
 
     Args:
         num_loss_tokens: of all batches.
@@ -29,32 +30,27 @@ def accumulate_gradients(
     """
     total = 0.0
     for batch in batches:
-        with torch.enable_grad():
-            hidden = forward.hidden(batch, adapter, generator)
-        yield
-        with torch.enable_grad():
-            nll = forward.nll_sum(hidden, batch)
+        segments = forward.segments(batch, adapter, generator)
+        hidden = yield from segments.forward(batch.rows)
+        nll, gradient = yield from forward.nll_slices(hidden, batch, gradient=True)
         del hidden
-        total += float(nll.detach())
+        total += nll
         if not math.isfinite(total):
             break
-        yield
-        (nll / num_loss_tokens).backward()  # type: ignore[no-untyped-call]
-        del nll
-        yield
+        assert gradient is not None
+        yield from segments.backward(gradient.mul_(1.0 / num_loss_tokens))
     return total
 
 
-def mean_nll(forward: TrainingForward, batches: Iterable[MicroBatch], adapter: Adapter) -> Generator[None, None, float]:
+def mean_nll(
+    forward: TrainingForward, batches: Iterable[MicroBatch], adapter: Adapter
+) -> Generator[Pause, None, float]:
     """Mean NLL per token that counts, without dropout."""
     adapter = replace(adapter, dropout=0.0)
     total, count = 0.0, 0
     for batch in batches:
-        with torch.no_grad():
-            hidden = forward.hidden(batch, adapter)
-        yield
-        with torch.no_grad():
-            total += float(forward.nll_sum(hidden, batch))
+        hidden = yield from forward.segments(batch, adapter).forward(batch.rows, gradients=False)
+        nll, _ = yield from forward.nll_slices(hidden, batch, gradient=False)
+        total += nll
         count += batch.num_loss_tokens
-        yield
     return total / count

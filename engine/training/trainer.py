@@ -1,14 +1,15 @@
 """A LoRA run: autograd over the weights that are being served, in slices between which serving goes on.
 
-The base weights are never written; gradients exist for A and B alone. A slice is the forward, the loss or the backward
-of one micro-batch, or one publication or checkpoint.
+The base weights are never written; gradients exist for A and B alone. The run pauses before each decoder layer of a
+micro-batch's forward and backward, before each part of its loss, and around optimizer steps, publications and
+checkpoints.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -16,9 +17,10 @@ import torch
 from engine.core.loaded import LoadedModel
 from engine.errors import FailedPreconditionError, OutOfMemoryError, TrainingError
 from engine.jobs import (
-    JobEvent,
     JobFailed,
     JobWarning,
+    Pause,
+    Slices,
     TrainCheckpoint,
     TrainEvaluation,
     TrainFinished,
@@ -45,7 +47,6 @@ from engine.training.seeds import derive_seed
 from engine.training.setup import begin_or_resume, load_masters, plan_steps, validate_dataset
 
 MAX_CONSECUTIVE_SKIPS = 3
-Slices = Generator[JobEvent | None, None, None]
 
 
 class StopAndCheckpoint(Exception):
@@ -53,13 +54,13 @@ class StopAndCheckpoint(Exception):
     last completed step, then JobFailed with code "cancelled" and reason "INTERRUPTED"."""
 
 
-def train(spec: TrainSpec, loaded: LoadedModel) -> Iterator[JobEvent | None]:
+def train(spec: TrainSpec, loaded: LoadedModel) -> Slices:
     """Trains an adapter, or goes on from the last checkpoint below ``spec.run_dir``.
 
     Closing the generator cancels the run; its checkpoints stay as they are. See StopAndCheckpoint for a drain.
 
-    Returns: a generator that yields after each slice: None, or an event. First TrainStarted, a TrainStep 0 with the
-        base loss (not when resuming after it) and the base's TrainEvaluation; last TrainFinished.
+    Returns: a generator that yields between pieces of work: a Pause, None, or an event. First TrainStarted, a TrainStep
+        0 with the base loss (not when resuming after it) and the base's TrainEvaluation; last TrainFinished.
     Raises:
         InvalidArgumentError: a parameter is out of its range, an unknown target module or layer, a bad token id.
         OutOfRangeError: an example is longer than max_seq_len or the model's positions.
@@ -192,6 +193,7 @@ class _Run:
             generator = torch.Generator(self._loaded.device).manual_seed(derive_seed(params.seed, "dropout", step))
         batches = self._batches(examples, params.gradient_accumulation_steps)
         total = yield from accumulate_gradients(self._forward, batches, self._adapter, num_loss_tokens, generator)
+        yield Pause("update", 1)
         rate = learning_rate(params, step, self._total_steps)
         norm = self._optimizer.clip() if math.isfinite(total) else None
         skipped = norm is None or not math.isfinite(norm)

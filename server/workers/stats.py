@@ -72,5 +72,9 @@ class StatsAccumulator:
         self._observations.clear()
         self._job_slices = defaultdict(list)
         return EngineStats(
-            models=models, job_share=self._latest.job_share, job_slice_seconds=slices, memory=self._latest.memory
+            models=models,
+            job_share=self._latest.job_share,
+            job_slice_seconds=slices,
+            job_gap_seconds=self._latest.job_gap_seconds,
+            memory=self._latest.memory,
         )

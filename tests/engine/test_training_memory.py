@@ -21,7 +21,7 @@ from engine.training.trainer import train
 from tests.allocations import Allocations
 from tests.engine.test_activation_checkpointing import save_tiny_gemma3
 from tests.tiny import save_tiny_hybrid, save_tiny_llama
-from tests.training_runs import events_of, load_tiny, losses, make_spec, of_type, random_examples
+from tests.training_runs import events_of, load_tiny, losses, make_spec, of_type, random_examples, told
 
 FACTOR = 2.5
 """How far above the measured peak the estimate may be. It is never below."""
@@ -106,7 +106,7 @@ def test_less_memory_means_smaller_forwards_and_a_resumed_run_keeps_them(
     run = train(spec, load_tiny(tiny_llama, tmp_path / "s2"))
     begun = []
     while not isinstance(event := next(run), TrainCheckpoint):
-        begun += [event] if event is not None else []
+        begun += told([event])
     run.close()  # type: ignore[attr-defined]
     [smaller] = of_type(begun, TrainStarted)
     assert smaller.estimated_memory_bytes is not None

@@ -1,0 +1,120 @@
+"""The loss of engine.training.loss in pieces of bounded work, with a pause before each.
+
+Shapes: N positions whose prediction counts, D hidden size, V vocabulary.
+
+A product with a head of 50,000 rows takes as long as several decoder layers, so it is cut along the vocabulary: the
+logits of a part of it are made at a time, then softmax goes over some positions at a time, then the gradient of the
+hidden states is summed part by part. Rows of the head are read as often as by the whole, where a cut along the
+positions would read it once for each. The cut hangs on shapes alone, never on the clock, so a run repeats to the bit.
+Reference: chunked_cross_entropy (tests/unit/test_training_loss_slices.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from engine.jobs import Pause
+from engine.training.loss import LOGITS_CHUNK_BYTES, _nll_and_gradient
+
+HEAD_PIECE_PRODUCTS = 1 << 28
+"""Multiplications of one piece of the product with the head: some milliseconds of a core."""
+
+MIN_PART_ELEMENTS = 1 << 19
+"""Elements of the head that one piece multiplies by at least."""
+
+SOFTMAX_PIECE_ELEMENTS = 1 << 20
+"""Logits that one piece takes the softmax of, but those of one position at least."""
+
+HeadPart = Callable[[Tensor, int, int], Tensor]
+"""(hidden [n, D], start, end) to logits [n, end - start] float32, without a graph where gradients are off."""
+
+Loss = tuple[float, Tensor | None]
+"""Sum of the NLLs in nats, and its gradient [N, D] in the type of the hidden states; None where none was asked for."""
+
+
+def nll_slices(
+    hidden: Tensor,
+    targets: Tensor,
+    head: HeadPart,
+    vocab_size: int,
+    *,
+    gradient: bool,
+    autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
+    chunk_bytes: int = LOGITS_CHUNK_BYTES,
+    part_elements: int | None = None,
+) -> Generator[Pause, None, Loss]:
+    """The sum of the negative log-likelihoods of the targets, and its gradient.
+
+    Args:
+        hidden: [N, D]; its graph is not touched.
+        targets: [N] int64.
+        gradient: whether to form that of ``hidden``.
+        autocast: entered around each product with the head.
+        chunk_bytes: at most so many bytes of float32 logits exist at a time, and once more as probabilities.
+        part_elements: of the head in one piece; None: as many as HEAD_PIECE_PRODUCTS allow.
+    """
+    rows = max(1, chunk_bytes // (4 * vocab_size))
+    rows = max(1, -(-len(hidden) // max(1, -(-len(hidden) // rows))))  # chunks of like size
+    total = 0.0
+    gradients = torch.empty_like(hidden) if gradient else None
+    for start in range(0, len(hidden), rows):
+        chunk = slice(start, start + rows)
+        chunk_loss = _chunk(hidden[chunk].detach(), targets[chunk], head, vocab_size, gradient, autocast, part_elements)
+        nll, formed = yield from chunk_loss
+        total += nll
+        if gradients is not None and formed is not None:
+            gradients[chunk] = formed
+    return total, gradients
+
+
+def _chunk(
+    hidden: Tensor,
+    targets: Tensor,
+    head: HeadPart,
+    vocab_size: int,
+    gradient: bool,
+    autocast: Callable[[], AbstractContextManager[object]],
+    part_elements: int | None,
+) -> Generator[Pause, None, Loss]:
+    num, width = hidden.shape
+    if part_elements is None:
+        part_elements = max(MIN_PART_ELEMENTS, HEAD_PIECE_PRODUCTS // max(1, num))
+    step = max(1, part_elements // width)
+    parts = [(start, min(start + step, vocab_size)) for start in range(0, vocab_size, step)]
+    hidden = hidden.requires_grad_(gradient)
+    logits = hidden.new_empty((num, vocab_size), dtype=torch.promote_types(hidden.dtype, torch.float32))
+    edges = []
+    for start, end in parts:
+        yield Pause("head", num)
+        with torch.set_grad_enabled(gradient), autocast():
+            part = head(hidden, start, end)
+        logits[:, start:end] = part.detach()
+        if gradient:
+            # The edge keeps the graph of the part, and not the part.
+            edges.append(torch.autograd.graph.get_gradient_edge(part))
+        del part
+    total = logits.new_zeros(())
+    probs = torch.empty_like(logits) if gradient else logits
+    at_once = max(1, SOFTMAX_PIECE_ELEMENTS // vocab_size)
+    for row in range(0, num, at_once):
+        piece = slice(row, row + at_once)
+        yield Pause("softmax", at_once)
+        if gradient:
+            # The gradient of the logits, softmax - one_hot(targets).
+            total += _nll_and_gradient(logits[piece], targets[piece], probs[piece])[0]
+        else:
+            total += F.cross_entropy(logits[piece], targets[piece], reduction="sum")
+    del logits
+    if not gradient:
+        return float(total), None
+    summed = torch.zeros_like(hidden, dtype=probs.dtype)
+    for (start, end), edge in zip(parts, edges, strict=True):
+        yield Pause("head gradient", num)
+        # float32 between the parts: sums of a narrow type would lose what the product of the whole keeps.
+        summed += torch.autograd.grad([edge], [hidden], [probs[:, start:end]])[0]
+    return float(total), summed.to(hidden.dtype)
