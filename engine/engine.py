@@ -11,7 +11,7 @@ while engine.has_requests():
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -62,11 +62,12 @@ class Engine:
 
     Args:
         config: see EngineConfig.
+        clock: seconds, by which steps and jobs are timed.
     Raises:
         InvalidArgumentError: the device is unknown or not there.
     """
 
-    def __init__(self, config: EngineConfig) -> None:
+    def __init__(self, config: EngineConfig, clock: Callable[[], float] = time.monotonic) -> None:
         self.config = config
         self.device = _device(config.device)
         self.dtype = _dtype(config.dtype, self.device)
@@ -74,10 +75,12 @@ class Engine:
         torch.set_num_threads(num_threads)
         cpu.set_num_threads(num_threads)
         self._models: dict[str, LoadedModel] = {}
+        self._clock = clock
         self._jobs = JobLoop(
             config.job_slice_seconds,
             config.job_share,
             config.job_max_slowdown,
+            clock,
             synchronize=torch.cuda.synchronize if self.device.type == "cuda" else None,
         )
 
@@ -162,12 +165,12 @@ class Engine:
 
     def step(self) -> list[RequestOutput]:
         """One batch of each model that has requests."""
-        begin = time.monotonic()
+        begin = self._clock()
         outputs: list[RequestOutput] = []
         for loaded in self._models.values():
             if loaded.runner is not None and loaded.runner.has_requests():
                 outputs.extend(loaded.runner.step())
-        self._jobs.served(time.monotonic() - begin)
+        self._jobs.served(self._clock() - begin)
         return outputs
 
     # --------------------------------------------------------------------------------------------------------- jobs

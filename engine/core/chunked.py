@@ -16,6 +16,8 @@ from torch import Tensor
 from engine.core.batch import pack
 from engine.core.loaded import LoadedModel
 from engine.core.memory import make_cache, make_states
+from engine.core.staged import StagedForward
+from engine.jobs import Pause
 from engine.lora.adapter import Adapter
 from engine.models.base import CausalLM
 from engine.ops.cpu.gemm import int8_activations
@@ -37,6 +39,19 @@ def chunked_hidden(
         sequences: token ids, each at least one.
     Returns: after each forward, for each sequence that took part, its index and the states [n, D] of its next n tokens.
     """
+    slices = chunked_hidden_slices(model, sequences, max_tokens=max_tokens, adapter=adapter, block_size=block_size)
+    return (item for item in slices if not isinstance(item, Pause))
+
+
+def chunked_hidden_slices(
+    model: CausalLM,
+    sequences: Sequence[Sequence[int]],
+    *,
+    max_tokens: int,
+    adapter: Adapter | None = None,
+    block_size: int = BLOCK_SIZE,
+) -> Iterator[list[tuple[int, Tensor]] | Pause]:
+    """``chunked_hidden`` with a pause before each layer."""
     parameter = next(model.parameters())
     counts = [-(-len(ids) // block_size) for ids in sequences]
     cache = make_cache(
@@ -66,8 +81,17 @@ def chunked_hidden(
             states=recurrent,
             state_slots=[1 + s for s, _ in chunk] if layers else (),
         )
+        yield Pause("serving forward", len(token_ids))
         with torch.no_grad():
-            hidden = model(token_ids, ctx)
+            stages = StagedForward(model, token_ids, ctx)
+        x = stages.x
+        for layer in range(len(stages)):
+            if layer:
+                yield Pause("serving forward", len(token_ids))
+            with torch.no_grad():
+                x = stages.run(layer, x)
+        with torch.no_grad():
+            hidden = stages.finish(x)
         for index, take in chunk:
             done[index] += take
         yield [(s, hidden[ctx.seq_starts[row] : ctx.seq_starts[row + 1]]) for row, (s, _) in enumerate(chunk)]

@@ -12,14 +12,14 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from engine.core.chunked import chunked_hidden
+from engine.core.chunked import chunked_hidden_slices
 from engine.core.loaded import LoadedModel
 from engine.errors import FailedPreconditionError, InvalidArgumentError
 from engine.jobs import Pause
 from engine.lora.adapter import Adapter
 from engine.training.batching import MicroBatch
 from engine.training.loss import LOGITS_CHUNK_BYTES, chunked_cross_entropy
-from engine.training.loss_slices import Loss, nll_slices
+from engine.training.loss_slices import Loss, head_parts, nll_slices
 from engine.training.recompute import RecomputedLayers
 from engine.training.seeds import derive_seed
 from engine.training.segments import Segments
@@ -107,10 +107,10 @@ class TrainingForward:
                 hidden[batch.rows], batch.targets, self._model.compute_logits, self._vocab_size
             )
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """hidden [n, D]: logits [n, V] float32."""
+    def logits_part(self, hidden: Tensor, start: int, end: int) -> Tensor:
+        """hidden [n, D]: columns [start, end) of the logits [n, V] float32."""
         with self._autocast():
-            return self._model.compute_logits(hidden)
+            return self._model.compute_logits_part(hidden, start, end)
 
 
 def probe(adapter: Adapter, seed: int) -> Adapter:
@@ -128,33 +128,39 @@ def probe(adapter: Adapter, seed: int) -> Adapter:
 
 def forward_difference(
     forward: TrainingForward, loaded: LoadedModel, batches: Iterable[MicroBatch], adapter: Adapter
-) -> Generator[Pause | None, None, tuple[float, float]]:
-    """Compares the training forward with the serving forward: block cache, chunks of max_batch_tokens. Yields between
-    forwards.
+) -> Generator[Pause, None, tuple[float, float]]:
+    """Compares the training forward with the serving forward: block cache, chunks of max_batch_tokens. Pauses before
+    each layer and each part of the logits.
 
     Returns: largest absolute difference of a logit, NaN if any logit is; and the largest absolute logit.
     """
     model, config = loaded.causal_lm(), loaded.engine_config
-    rows = max(1, LOGITS_CHUNK_BYTES // (4 * loaded.config.vocab_size))
+    vocab_size = loaded.config.vocab_size
+    rows = max(1, LOGITS_CHUNK_BYTES // (4 * vocab_size))
     difference = torch.zeros((), dtype=torch.float64)
     largest = torch.zeros((), dtype=torch.float64)
     for batch in batches:
         trained = yield from forward.segments(batch, adapter).forward()  # with gradients on, as in training
         sequences = [ids.tolist() for ids in torch.split(batch.token_ids, batch.lengths)]
         starts = [sum(batch.lengths[:index]) for index in range(len(sequences))]
-        for states in chunked_hidden(
+        for states in chunked_hidden_slices(
             model, sequences, max_tokens=config.max_batch_tokens, adapter=adapter, block_size=config.block_size
         ):
+            if isinstance(states, Pause):
+                yield states
+                continue
             for index, served in states:
                 for part in torch.split(served, rows):
-                    with torch.no_grad():
-                        ours = forward.logits(trained[starts[index] : starts[index] + len(part)])
-                        theirs = model.compute_logits(part)
+                    ours = trained[starts[index] : starts[index] + len(part)]
                     starts[index] += len(part)
-                    # maximum and amax pass NaN on.
-                    difference = torch.maximum(difference, (ours - theirs).abs().amax().double().cpu())
-                    largest = torch.maximum(largest, theirs.abs().amax().double().cpu())
-            yield None
+                    for bounds in head_parts(part.shape[0], part.shape[1], vocab_size):
+                        yield Pause("compare", len(part))
+                        with torch.no_grad():
+                            theirs = model.compute_logits_part(part, *bounds)
+                            distance = forward.logits_part(ours, *bounds).sub_(theirs).abs_().amax()
+                        # maximum and amax pass NaN on.
+                        difference = torch.maximum(difference, distance.double().cpu())
+                        largest = torch.maximum(largest, theirs.abs().amax().double().cpu())
     return float(difference), float(largest)
 
 

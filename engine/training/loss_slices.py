@@ -72,6 +72,14 @@ def nll_slices(
     return total, gradients
 
 
+def head_parts(num: int, width: int, vocab_size: int, part_elements: int | None = None) -> list[tuple[int, int]]:
+    """Bounds of the parts of the vocabulary for a product of [num, width] with the head; see nll_slices."""
+    if part_elements is None:
+        part_elements = max(MIN_PART_ELEMENTS, HEAD_PIECE_PRODUCTS // max(1, num))
+    step = max(1, part_elements // width)
+    return [(start, min(start + step, vocab_size)) for start in range(0, vocab_size, step)]
+
+
 def _chunk(
     hidden: Tensor,
     targets: Tensor,
@@ -82,10 +90,7 @@ def _chunk(
     part_elements: int | None,
 ) -> Generator[Pause, None, Loss]:
     num, width = hidden.shape
-    if part_elements is None:
-        part_elements = max(MIN_PART_ELEMENTS, HEAD_PIECE_PRODUCTS // max(1, num))
-    step = max(1, part_elements // width)
-    parts = [(start, min(start + step, vocab_size)) for start in range(0, vocab_size, step)]
+    parts = head_parts(num, width, vocab_size, part_elements)
     hidden = hidden.requires_grad_(gradient)
     logits = hidden.new_empty((num, vocab_size), dtype=torch.promote_types(hidden.dtype, torch.float32))
     edges = []

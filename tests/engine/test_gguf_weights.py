@@ -93,6 +93,9 @@ def test_logits_are_those_of_wide_weights(
     for ids in (IDS[:1], IDS[:5], IDS):
         (ours,), (expected,) = serving_logits(stored, [ids]), serving_logits(wide, [ids])
         assert (ours - expected).abs().max() <= 1e-5 * expected.abs().max()
+    hidden = torch.randn(40, stored.config.hidden_size)
+    part = stored.causal_lm().compute_logits_part(hidden, 3, 29)
+    torch.testing.assert_close(part, wide.causal_lm().compute_logits(hidden)[:, 3:29], rtol=1e-5, atol=1e-5)
     modules = dict(wide.model.named_modules())
     for name, module in stored.model.named_modules():
         if isinstance(module, Linear | Embedding):

@@ -14,7 +14,7 @@ from engine.context import packed_context
 from engine.errors import FormatError
 from engine.layers.linear import Embedding, Linear
 from engine.lora.adapter import Adapter, LoRABatch
-from engine.quantization.base import LinearScheme
+from engine.quantization.base import UNQUANTIZED, LinearScheme
 from engine.quantization.int4 import Int4Grouped
 from engine.quantization.int8 import Int8PerChannel
 from engine.quantization.packing import pack, pack_outputs
@@ -77,6 +77,25 @@ def test_product_and_rows_are_those_of_the_stored_weight(scheme: LinearScheme) -
     ids = torch.tensor([3, 0, 3, OUT - 1])
     assert torch.equal(table(ids), weight[ids])
     torch.testing.assert_close(table.project(x[0]), F.linear(x[0], weight))
+
+
+@pytest.mark.parametrize("scheme", [*SCHEMES, UNQUANTIZED], ids=[*IDS, "float"])
+def test_parts_of_the_product_are_the_product(scheme: LinearScheme) -> None:
+    """Outputs taken in parts, and the gradients that they give, are those of the whole."""
+    if scheme is UNQUANTIZED:
+        module = Linear(IN, OUT, name="layer.proj")
+        weight = torch.randn(OUT, IN)
+        module.load_state_dict({"weight": weight})
+    else:
+        module, weight = make(scheme)
+    x = torch.randn(40, IN, requires_grad=True)
+    whole = F.linear(x, weight)
+    parts = [scheme.apply_part(module, x, *bounds) for bounds in ((0, 7), (7, 8), (8, OUT))]
+    torch.testing.assert_close(torch.cat(parts, dim=1), whole)
+    seeds = torch.randn(40, OUT)
+    (expected,) = torch.autograd.grad(whole, x, seeds)
+    sums = [torch.autograd.grad(p, x, s)[0] for p, s in zip(parts, seeds.split([7, 1, OUT - 8], 1), strict=True)]
+    torch.testing.assert_close(sum(sums), expected)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=IDS)
