@@ -175,7 +175,8 @@ class EngineConfig:
         job_slice_seconds: no slice of a job is planned to take longer.
         job_share: fraction of the loop's time that jobs may take while requests are running, (0, 1].
         job_max_slowdown: largest factor by which jobs may stretch the time between two tokens of a stream, above 1;
-            inf: any. Of F, jobs get at most a fraction 1 - 1/F of the time while streams decode.
+            inf: any. Of F, jobs get at most a fraction 1 - 1/F of the time while streams decode. A step after a slice is
+            itself slower, as the slice has taken the caches: with 1.25, SmolLM2's p99 stays within 1.5 times.
         state_dir: adapters, checkpoints and quantized models live below it.
     """
 
@@ -194,7 +195,7 @@ class EngineConfig:
     state_checkpoint_interval: int = 64
     job_slice_seconds: float = 0.05
     job_share: float = 0.5
-    job_max_slowdown: float = 1.4
+    job_max_slowdown: float = 1.25
     state_dir: str = ""
 
     @property
