@@ -175,8 +175,8 @@ class EngineConfig:
         job_slice_seconds: no slice of a job is planned to take longer.
         job_share: fraction of the loop's time that jobs may take while requests are running, (0, 1].
         job_max_slowdown: largest factor by which jobs may stretch the time between two tokens of a stream, above 1;
-            inf: any. Of F, jobs get at most a fraction 1 - 1/F of the time while streams decode. A step after a slice is
-            slower itself, as the slice has taken the caches; so the p99 grows by more than this factor.
+            inf: any. Of F, jobs get at most a fraction 1 - 1/F of the time while streams decode. A step after a slice
+            is slower itself, as the slice has taken the caches; so the p99 grows by more than this factor.
         state_dir: adapters, checkpoints and quantized models live below it.
     """
 
