@@ -27,7 +27,9 @@ from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.jobs import JobFailed, LoRAParams, TokenizedExample, TrainParams, TrainSpec, TrainStep
 from engine.training.dataset import write_dataset
-from tests.bench.setup import GENERATOR, Bench, random_tokens, request
+from tests.bench.models import GENERATOR
+from tests.bench.setup import Bench
+from tests.bench.work import random_tokens, request
 
 PROMPT_TOKENS = 16
 LEVELS = ((0, 1.0), (1, 1.0), (2, 1.0), (4, 1.0), (8, 1.0), (1, 0.5), (4, 0.5))
@@ -124,7 +126,7 @@ class Loop:
             self._next_burst += self._period
         for _ in range(self._streams):
             name = f"stream-{next(_numbers)}"
-            self._engine.add_request(request(name, random_tokens(PROMPT_TOKENS), self._burst_tokens))
+            self._engine.add_request(request(name, random_tokens(PROMPT_TOKENS), self._burst_tokens, GENERATOR))
 
     def stop(self) -> None:
         """Ends the streams."""
@@ -149,7 +151,7 @@ class Bencher:
             job_max_slowdown=options.max_slowdown,
         )
         self._engine = Engine(config, self._clock)
-        self._engine.load_model(GENERATOR, bench.path(GENERATOR))
+        self._engine.load_model(GENERATOR, bench.models.path(GENERATOR))
 
     def _start_run(self) -> str:
         options, run_id = self._options, f"run-{next(_numbers)}"
@@ -179,7 +181,7 @@ class Bencher:
         if load >= 1.0:
             return None
         for name in [f"alone-{next(_numbers)}" for _ in range(streams)]:
-            self._engine.add_request(request(name, random_tokens(PROMPT_TOKENS), self._options.burst_tokens))
+            self._engine.add_request(request(name, random_tokens(PROMPT_TOKENS), self._options.burst_tokens, GENERATOR))
         begin = self._clock()
         while self._engine.has_requests():
             self._engine.step()
@@ -216,7 +218,7 @@ class Bencher:
             line["p99_ratio"] = round(line["p99_ms_with"] / line["p99_ms_without"], 3)
             line["busy_without"] = round(statistics.median(without.busy), 3)
         line |= {
-            "model": self._bench.label(GENERATOR),
+            "model": self._bench.models.label(GENERATOR),
             "threads": options.threads,
             "clock": options.clock,
             "train_batch": options.train_batch,
