@@ -55,7 +55,7 @@ def nll_slices(
         targets: [N] int64.
         gradient: whether to form that of ``hidden``.
         autocast: entered around each product with the head.
-        chunk_bytes: at most so many bytes of float32 logits exist at a time, and once more as probabilities.
+        chunk_bytes: at most so many bytes of float32 logits exist at a time.
         part_elements: of the head in one piece; None: as many as HEAD_PIECE_PRODUCTS allow.
     """
     rows = max(1, chunk_bytes // (4 * vocab_size))
@@ -104,22 +104,20 @@ def _chunk(
             edges.append(torch.autograd.graph.get_gradient_edge(part))
         del part
     total = logits.new_zeros(())
-    probs = torch.empty_like(logits) if gradient else logits
     at_once = max(1, SOFTMAX_PIECE_ELEMENTS // vocab_size)
     for row in range(0, num, at_once):
         piece = slice(row, row + at_once)
         yield Pause("softmax", at_once)
         if gradient:
-            # The gradient of the logits, softmax - one_hot(targets).
-            total += _nll_and_gradient(logits[piece], targets[piece], probs[piece])[0]
+            # In their place the gradient of the logits, softmax - one_hot(targets).
+            total += _nll_and_gradient(logits[piece], targets[piece], logits[piece])[0]
         else:
             total += F.cross_entropy(logits[piece], targets[piece], reduction="sum")
-    del logits
     if not gradient:
         return float(total), None
-    summed = torch.zeros_like(hidden, dtype=probs.dtype)
+    summed = torch.zeros_like(hidden, dtype=logits.dtype)
     for (start, end), edge in zip(parts, edges, strict=True):
         yield Pause("head gradient", num)
         # float32 between the parts: sums of a narrow type would lose what the product of the whole keeps.
-        summed += torch.autograd.grad([edge], [hidden], [probs[:, start:end]])[0]
+        summed += torch.autograd.grad([edge], [hidden], [logits[:, start:end]])[0]
     return float(total), summed.to(hidden.dtype)

@@ -26,8 +26,8 @@ from engine.training.activations import WIDE, Packing, layer_bytes
 from engine.training.dataset import Dataset
 from engine.training.loss import LOGITS_CHUNK_BYTES
 
-LOGITS_COPIES = 5
-"""Of a chunk of logits that exist together: in the compute type, in float32, as probabilities, and gradients."""
+LOGITS_COPIES = 3
+"""Of a chunk of logits that exist together: in float32, in the compute type, and their gradient in that."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -167,3 +167,15 @@ def test_no_positions() -> None:
     assert total.item() == 0.0
     assert hidden.grad is not None
     assert not hidden.grad.any()
+
+
+@pytest.mark.parametrize("vocab", [7, 1000, 5003])
+def test_the_gradient_of_the_logits_may_take_their_place(vocab: int) -> None:
+    """Sum and gradient are, to the bit, those formed beside the logits."""
+    logits = torch.randn(5, vocab, generator=torch.Generator().manual_seed(0)) * 4
+    targets = torch.tensor([0, 6, 3, 3, 1])
+    expected_nll, expected = right_gradient(logits, targets, torch.empty_like(logits))
+    nll, gradient = right_gradient(logits, targets, logits)
+    assert gradient.data_ptr() == logits.data_ptr()
+    assert torch.equal(nll, expected_nll)
+    assert torch.equal(gradient, expected)
