@@ -174,7 +174,7 @@ def test_products_are_rounded_only_where_that_is_allowed() -> None:
     with gemm.int8_activations(True):
         assert gemm.takes(x)
         assert gemm.takes(torch.randn(2, 3, 32))
-        assert not gemm.takes(x[: gemm.MIN_ROWS - 1])
+        assert gemm.takes(x[:1])
         assert not gemm.takes(x.double())
         assert not gemm.takes(torch.empty(0, 32))
         assert not gemm.takes(x.clone().requires_grad_())

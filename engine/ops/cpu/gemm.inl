@@ -281,20 +281,20 @@ inline void in_registers(Ints& a, Ints& b) {
 #endif
 }
 
-// y[m, c] (+)= a tile of x times a strip, over `groups` groups. The sums of floats go over the groups in order, from
+// y[m, c] (+)= the first kRows rows of a tile of x times a strip, over `groups` groups. The sums of floats go over the groups in order, from
 // what y held, so that cutting K into parts changes nothing.
-template <typename Sum, int kGroup, bool kOffsets>
+template <typename Sum, int kGroup, bool kOffsets, int kRows>
 void multiply_tile(const Strip& strip, const Tile& tile, int64_t groups, bool first, float* y, int64_t ldy) {
   constexpr int kUnits = kGroup / Sum::kUnit;
-  Floats sums[kTileRows][kVectors];
-  for (int m = 0; m < kTileRows; ++m)
+  Floats sums[kRows][kVectors];
+  for (int m = 0; m < kRows; ++m)
     for (int v = 0; v < kVectors; ++v) sums[m][v] = first ? set1(0.0f) : load(y + m * ldy + v * kLanes);
   const char* w = strip.values;
   const char* x = tile.values;
   for (int64_t g = 0; g < groups; ++g) {
-    Ints dots[kTileRows][kVectors];
+    Ints dots[kRows][kVectors];
 #pragma GCC unroll 8
-    for (int m = 0; m < kTileRows; ++m)
+    for (int m = 0; m < kRows; ++m)
 #pragma GCC unroll 2
       for (int v = 0; v < kVectors; ++v) dots[m][v] = Sum::start(strip.corrections + g * kColumns + v * kLanes);
 #pragma GCC unroll 16
@@ -303,7 +303,7 @@ void multiply_tile(const Strip& strip, const Tile& tile, int64_t groups, bool fi
 #pragma GCC unroll 2
       for (int v = 0; v < kVectors; ++v) weights[v] = load_ints(w + v * kLanes * 4);
 #pragma GCC unroll 8
-      for (int m = 0; m < kTileRows; ++m) {
+      for (int m = 0; m < kRows; ++m) {
         const Ints value = broadcast(x + m * 4);
 #pragma GCC unroll 2
         for (int v = 0; v < kVectors; ++v) dots[m][v] = Sum::add(dots[m][v], weights[v], value);
@@ -311,7 +311,7 @@ void multiply_tile(const Strip& strip, const Tile& tile, int64_t groups, bool fi
       }
     }
 #pragma GCC unroll 8
-    for (int m = 0; m < kTileRows; ++m) {
+    for (int m = 0; m < kRows; ++m) {
       const Floats scale = set1(tile.scales[g * kTileRows + m]);
 #pragma GCC unroll 2
       for (int v = 0; v < kVectors; ++v) {
@@ -322,18 +322,28 @@ void multiply_tile(const Strip& strip, const Tile& tile, int64_t groups, bool fi
       }
     }
   }
-  for (int m = 0; m < kTileRows; ++m)
+  for (int m = 0; m < kRows; ++m)
     for (int v = 0; v < kVectors; ++v) store(y + m * ldy + v * kLanes, sums[m][v]);
 }
 
 using MultiplyTile = void (*)(const Strip&, const Tile&, int64_t, bool, float*, int64_t);
 
+template <int kRows>
 MultiplyTile tile_kernel(const Weight& weight, int64_t group) {
   const bool offsets = has_offsets(weight);
   if (weight.storage == Storage::kInt4)
-    return offsets ? multiply_tile<Int4Sum, 32, true> : multiply_tile<Int4Sum, 32, false>;
-  if (group == 32) return offsets ? multiply_tile<Int8Sum, 32, true> : multiply_tile<Int8Sum, 32, false>;
-  return offsets ? multiply_tile<Int8Sum, 16, true> : multiply_tile<Int8Sum, 16, false>;
+    return offsets ? multiply_tile<Int4Sum, 32, true, kRows> : multiply_tile<Int4Sum, 32, false, kRows>;
+  if (group == 32)
+    return offsets ? multiply_tile<Int8Sum, 32, true, kRows> : multiply_tile<Int8Sum, 32, false, kRows>;
+  return offsets ? multiply_tile<Int8Sum, 16, true, kRows> : multiply_tile<Int8Sum, 16, false, kRows>;
+}
+
+// The kernel of a tile with that many rows, or of a few more where none has just so many.
+MultiplyTile tile_kernel(const Weight& weight, int64_t group, int64_t rows) {
+  if (rows == 1) return tile_kernel<1>(weight, group);
+  if (rows == 2) return tile_kernel<2>(weight, group);
+  if (rows <= 4) return tile_kernel<4>(weight, group);
+  return tile_kernel<kTileRows>(weight, group);
 }
 
 void multiply_strip(const Product& product, int64_t n) {
@@ -341,7 +351,8 @@ void multiply_strip(const Product& product, int64_t n) {
   const int64_t inputs = product.inputs, group = product.group;
   const Format format = weight.storage == Storage::kInt4 ? Format::kBytes : kInt8Format;
   const int64_t bytes = value_bytes(format);
-  const MultiplyTile kernel = tile_kernel(weight, group);
+  const MultiplyTile kernel = tile_kernel(weight, group, kTileRows);
+  const MultiplyTile last = tile_kernel(weight, group, (product.rows - 1) % kTileRows + 1);
   const int64_t count = std::min<int64_t>(kColumns, weight.rows - n);
   // Equal parts of whole groups.
   const int64_t groups = inputs / group, most = kPartBytes / (kColumns * bytes * group);
@@ -365,7 +376,7 @@ void multiply_strip(const Product& product, int64_t n) {
       // An edge of y: by way of a whole tile.
       alignas(64) float whole[kTileRows * kColumns] = {};
       for (int64_t i = 0; start > 0 && i < rows; ++i) std::copy_n(y + i * product.ldy, count, whole + i * kColumns);
-      kernel(strip, tile, now, start == 0, whole, kColumns);
+      (rows == kTileRows ? kernel : last)(strip, tile, now, start == 0, whole, kColumns);
       for (int64_t i = 0; i < rows; ++i) std::copy_n(whole + i * kColumns, count, y + i * product.ldy);
     }
   }
