@@ -8,6 +8,32 @@ from dataclasses import dataclass, field
 from engine.request import FinishReason, RequestOutput, Timings, TokenLogprob
 from engine.tokenizer import IncrementalDetokenizer, StopStringMatcher, Tokenizer
 
+MAX_COALESCED_TOKENS = 256
+"""Of one message: with log-probabilities of alternatives, such a one stays below the 4 MiB that clients accept."""
+
+
+def coalesced(outputs: Sequence[RequestOutput]) -> list[RequestOutput]:
+    """The outputs of one request that have gathered while its caller was slower than the engine, with those of each
+    completion in one, up to MAX_COALESCED_TOKENS. What one output says is what the several would have."""
+    merged: list[RequestOutput] = []
+    latest: dict[int, RequestOutput] = {}
+    for output in outputs:
+        before = latest.get(output.index)
+        if (
+            before is None
+            or output.finish_reason in ("error", "cancelled")
+            or len(before.token_ids) + len(output.token_ids) > MAX_COALESCED_TOKENS
+        ):
+            merged.append(output)
+            latest[output.index] = output
+            continue
+        before.token_ids = before.token_ids + output.token_ids
+        if output.logprobs is not None:
+            before.logprobs = [*(before.logprobs or ()), *output.logprobs]
+        before.finish_reason, before.stop_token_id = output.finish_reason, output.stop_token_id
+        before.num_completion_tokens, before.timings = output.num_completion_tokens, output.timings
+    return merged
+
 
 @dataclass(slots=True)
 class Delta:

@@ -8,7 +8,7 @@ from contextlib import aclosing
 from engine.errors import CancelledError, EngineError, InvalidArgumentError, OverloadedError
 from engine.request import Request, RequestOutput, SamplingParams
 from server import convert
-from server.completion import Completion, Delta
+from server.completion import Completion, Delta, coalesced
 from server.errors import error_from_code, over_limit
 from server.models import ReadyModel
 from server.prompts import ResolvedPrompt, check_token_ids, in_thread_if, resolve_prompt
@@ -140,7 +140,7 @@ class _Generation:
             outputs = self._model.entry.guard(self._services.pool.generate(self._request))
             async with aclosing(outputs) as batches:
                 async for batch in batches:
-                    for output in batch:
+                    for output in coalesced(batch):
                         await self._convert_prompt_logprobs(output)
                         for response in self._take(output):
                             yield response

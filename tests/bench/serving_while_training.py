@@ -64,11 +64,13 @@ class Side:
         latencies: seconds between two tokens of a stream.
         rates: tokens per second of the run, of each of its steps.
         busy: fraction of the time that was spent on steps.
+        slices: seconds of what the run took between two steps.
     """
 
     latencies: list[float] = field(default_factory=list)
     rates: list[float] = field(default_factory=list)
     busy: list[float] = field(default_factory=list)
+    slices: list[float] = field(default_factory=list)
 
 
 class Loop:
@@ -201,7 +203,9 @@ class Bencher:
             run_id = self._start_run()
             loop = Loop(self._engine, self._clock, streams, burst, period)
             loop.run(Side(), seconds=0.0, steps=1)  # the first steps prove, load and warm up
+            self._engine.stats()  # what was observed until here
             loop.run(with_run, seconds=options.seconds, steps=options.steps)
+            with_run.slices += self._engine.stats().job_slice_seconds["train"]
             loop.stop()
             self._engine.cancel_job(run_id)
         rate = statistics.median(with_run.rates)
@@ -215,6 +219,7 @@ class Bencher:
             **latencies("with", with_run),
         }
         if streams:
+            line["p99_ms_slice"] = quantile(with_run.slices, 0.99)
             line["p99_ratio"] = round(line["p99_ms_with"] / line["p99_ms_without"], 3)
             line["busy_without"] = round(statistics.median(without.busy), 3)
         line |= {
@@ -235,11 +240,13 @@ def latencies(name: str, side: Side) -> dict[str, float]:
     """p50 and p99 in milliseconds."""
     if not side.latencies:
         return {}
-    ordered = sorted(side.latencies)
-    return {
-        f"p50_ms_{name}": round(1000 * statistics.median(ordered), 2),
-        f"p99_ms_{name}": round(1000 * ordered[min(len(ordered) - 1, int(0.99 * len(ordered)))], 2),
-    }
+    return {f"p50_ms_{name}": quantile(side.latencies, 0.5), f"p99_ms_{name}": quantile(side.latencies, 0.99)}
+
+
+def quantile(seconds: list[float], fraction: float) -> float:
+    """In milliseconds."""
+    ordered = sorted(seconds)
+    return round(1000 * ordered[min(len(ordered) - 1, int(fraction * len(ordered)))], 2)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from engine.request import RequestOutput, Timings, TokenLogprob
 from engine.tokenizer import Tokenizer
-from server.completion import Completion
+from server.completion import MAX_COALESCED_TOKENS, Completion, coalesced
 from tests.rpc.tiny_tokenizer import BYTE_OFFSET, EOS, save_tiny_tokenizer
 
 
@@ -116,3 +116,56 @@ def test_the_outcome_does_not_depend_on_the_chunks(
         assert not any(string in text for string in stop)
     else:
         assert text.startswith(shown + many.stop_string)
+
+
+@given(
+    text=st.text(alphabet="aé😀STOP", max_size=30),
+    cuts=st.lists(st.integers(1, 9), max_size=12),
+    stop=st.sampled_from([[], ["STOP"], ["aa"]]),
+    ends_with_eos=st.booleans(),
+)
+def test_outputs_that_have_gathered_say_what_each_would_have(
+    tokenizer: Tokenizer, text: str, cuts: list[int], stop: list[str], ends_with_eos: bool
+) -> None:
+    """However many outputs come as one: the same text, tokens, log-probabilities and end."""
+
+    def outputs() -> list[RequestOutput]:
+        tokens = ids(text) + ([EOS] if ends_with_eos else [])
+        made = [
+            output([t], logprobs=[TokenLogprob(token_id=t, logprob=-float(i), rank=1)], num_completion_tokens=i + 1)
+            for i, t in enumerate(tokens)
+        ]
+        last = made[-1] if made else output([])
+        last.finish_reason, last.timings = ("stop" if ends_with_eos else "length"), Timings(total_seconds=2.0)
+        last.stop_token_id = EOS if ends_with_eos else None
+        return made or [last]
+
+    def told(groups: list[list[RequestOutput]]) -> tuple[object, ...]:
+        completion = Completion(0, tokenizer, stop, 0)
+        deltas = [completion.push(one) for group in groups for one in group]
+        logprobs = [entry for delta in deltas for entry in delta.logprobs or []]
+        tokens = [token for delta in deltas for token in delta.token_ids]
+        shown = "".join(delta.text for delta in deltas)
+        end = (completion.finish_reason, completion.stop_string, completion.stop_token_id, completion.num_tokens)
+        return shown, tokens, logprobs, end, completion.timings, completion.num_timed_tokens
+
+    whole = told([outputs()])
+    rest, groups = outputs(), []
+    for cut in cuts:
+        groups.append(coalesced(rest[:cut]))
+        rest = rest[cut:]
+    groups.append(coalesced(rest))
+    assert told(groups) == whole
+    assert all(len(group) <= 1 for group in groups)
+
+
+def test_completions_stay_apart_and_messages_bounded() -> None:
+    """Each completion's outputs are merged by themselves, in order, up to a bound; an error is never merged."""
+    gathered = [RequestOutput(request_id="r", index=i % 2, token_ids=[i]) for i in range(2 * MAX_COALESCED_TOKENS + 4)]
+    gathered.append(RequestOutput(request_id="r", index=1, finish_reason="error", error_code="internal"))
+    merged = coalesced(gathered)
+    assert [(one.index, len(one.token_ids)) for one in merged] == [
+        (0, MAX_COALESCED_TOKENS), (1, MAX_COALESCED_TOKENS), (0, 2), (1, 2), (1, 0),
+    ]  # fmt: skip
+    assert merged[1].token_ids[:3] == [1, 3, 5]
+    assert merged[-1].finish_reason == "error"
