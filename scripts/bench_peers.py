@@ -47,7 +47,7 @@ def build_llama_cpp(target: Path, jobs: int) -> None:
         raise SystemExit("bench_peers: llama.cpp is built by cmake, which is not installed")
     with tempfile.TemporaryDirectory(prefix="whet-llama-cpp-") as directory:
         folder = Path(directory)
-        pip = (sys.executable, "-m", "pip", "download", "--no-deps", "--no-build-isolation", "--no-binary", ":all:")
+        pip = (sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", "llama-cpp-python")
         run(*pip, "--dest", folder, LLAMA_CPP_PYTHON)
         (archive,) = folder.glob("llama_cpp_python-*.tar.gz")
         with tarfile.open(archive) as tar:

@@ -11,9 +11,11 @@ from typing import Any
 
 import torch
 
-from engine.jobs import EmbedSpec, PerplexitySpec
+from engine.engine import Engine
+from engine.jobs import EmbedFinished, EmbedSpec, PerplexitySpec
 from tests.bench.models import EMBEDDER, GENERATOR, HYBRID
 from tests.bench.peers import EMBEDDERS, llama_cpp
+from tests.bench.peers.process import PeerProcess
 from tests.bench.serving import Sides, llama_files
 from tests.bench.setup import OURS, Bench
 from tests.bench.work import random_tokens, run_job, seconds
@@ -121,6 +123,7 @@ def embed(bench: Bench) -> None:
             command = [str(python), str(script), peer, str(bench.models.path(EMBEDDER)), str(bench.work_dir)]
             process = bench.process(peer, [*command, str(bench.threads)])
             bench.know_version(peer, process.ready["version"])
+            _check_vectors(engine, process, inputs()[: scale.embed_batch], peer)
             sides[peer] = lambda process=process: (  # type: ignore[misc]
                 len(lengths) / process.ask(inputs=inputs(), batch_size=scale.embed_batch)["seconds"]
             )
@@ -128,6 +131,22 @@ def embed(bench: Bench) -> None:
     least = bench.counts(EMBEDDER).forward(sum(lengths), context=mean, heads=0).seconds(bench.limits)
     more = {"texts": len(lengths), "batch": scale.embed_batch, "tokens_per_text": mean}
     bench.compared("embed", "texts/s", EMBEDDER, sides, floor=len(lengths) / least, **more)
+
+
+def _check_vectors(engine: Engine, process: PeerProcess, texts: list[list[int]], peer: str) -> None:
+    """Both do the same work: their vectors agree.
+
+    Raises:
+        SystemExit: they do not.
+    """
+    spec = EmbedSpec(job_id=f"embed-{next(_numbers)}", model=EMBEDDER, inputs=texts, pooling="mean", normalize=True)
+    last = run_job(engine, spec)[-1]
+    assert isinstance(last, EmbedFinished)
+    theirs = process.ask(inputs=texts, batch_size=len(texts), vectors=True)["vectors"]
+    ours = torch.frombuffer(bytearray(last.vectors), dtype=torch.float32).view(len(texts), -1)
+    cosine = torch.nn.functional.cosine_similarity(ours, torch.tensor(theirs)).min().item()
+    if cosine < 0.99:
+        raise SystemExit(f"{peer} computes something else: the cosine of its vectors and ours is {cosine:.4f}")
 
 
 def perplexity(bench: Bench) -> None:
