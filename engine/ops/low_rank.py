@@ -3,7 +3,9 @@
     y += scaling B A x
 
 Autograd's way copies y to add to it and keeps the scaled and the unscaled A x. Here y, which nothing else needs, is
-written in place; x and scaling A x are kept, and the backward is four products. Proof: tests/unit/test_low_rank.py.
+written in place; x and scaling A x are kept, and the backward is four products. In all of them but one the rank is the
+left factor's height: on a CPU MKL is two to four times as fast with few rows as with few columns. Proof:
+tests/unit/test_low_rank.py.
 
 Shapes: T tokens, I in_features, O out_features, r rank.
 """
@@ -44,8 +46,8 @@ class _AddLowRank(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
         ctx.mark_dirty(y)
-        low = F.linear(x, a.to(x.dtype)).mul_(scaling)
-        y.addmm_(low, b.to(x.dtype).mT)
+        low = (a.to(x.dtype) @ x.mT).mul_(scaling)  # [r, T]
+        y.addmm_(low.mT, b.to(x.dtype).mT.contiguous())
         ctx.save_for_backward(x, low, a, b)
         ctx.scaling = scaling
         return y
@@ -55,8 +57,8 @@ class _AddLowRank(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, low, a, b = ctx.saved_tensors
         _, needs_x, needs_a, needs_b, _ = ctx.needs_input_grad
-        d_low = (grad @ b.to(grad.dtype)).mul_(ctx.scaling)
-        d_x = d_low @ a.to(grad.dtype) if needs_x else None
-        d_a = (d_low.mT @ x).to(a.dtype) if needs_a else None
-        d_b = (grad.mT @ low).to(b.dtype) if needs_b else None
+        d_low = (b.to(grad.dtype).mT.contiguous() @ grad.mT).mul_(ctx.scaling)  # [r, T]
+        d_x = d_low.mT @ a.to(grad.dtype) if needs_x else None
+        d_a = (d_low @ x).to(a.dtype) if needs_a else None
+        d_b = (low @ grad).mT.to(b.dtype) if needs_b else None
         return grad, d_x, d_a, d_b, None
