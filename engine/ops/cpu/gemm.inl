@@ -161,6 +161,12 @@ void pack_strip(const Weight& weight, int64_t inputs, int64_t n, int64_t group, 
     int64_t rows[8];
     for (int j = 0; j < 8; ++j) rows[j] = std::min(n + c + j, weight.rows - 1);
     char* const out = strip.values + c * 4;
+    // The strip after this one, whose rows no hardware prefetcher expects: one row of x is bound by reading W.
+    const int64_t row_bytes = weight.storage == Storage::kInt4 ? inputs / 2 : inputs;
+    const int64_t part_bytes = row_bytes * count / inputs, at = row_bytes * start / inputs;
+    for (int64_t row = n + kColumns + c; row < std::min(n + kColumns + c + 8, weight.rows); ++row)
+      for (int64_t i = 0; i < part_bytes; i += 64)
+        _mm_prefetch(static_cast<const char*>(weight.data) + row * row_bytes + at + i, _MM_HINT_T1);
     if (weight.storage == Storage::kInt4) {
       const uint8_t* data[8];
       for (int j = 0; j < 8; ++j)
