@@ -4,20 +4,21 @@ They are a plain shared library that engine.ops.cpu opens; where no compiler is 
 and engine.ops.cpu says so.
 """
 
+from glob import glob
+
 from setuptools import Extension, setup
 
 SOURCES = (
-    *("entry", "pool", "rows_avx2", "rows_avx512"),
+    *("entry", "ops", "pool", "avx2", "avx512", "avx512vnni"),
     *("gemm", "gemm_avx2", "gemm_avxvnni", "gemm_avx512", "gemm_avx512vnni"),
 )
-HEADERS = ("kernels.h", "rows.inl", "gemm.h", "gemm.inl", "gemm_256.inl", "gemm_512.inl")
 
 setup(
     ext_modules=[
         Extension(
             "engine.ops.cpu._kernels",
             sources=[f"engine/ops/cpu/{name}.cpp" for name in SOURCES],
-            depends=[f"engine/ops/cpu/{name}" for name in HEADERS],
+            depends=[*glob("engine/ops/cpu/*.h"), *glob("engine/ops/cpu/*.inl")],
             # No fast-math: results are those of the written operations, and NaN stays NaN.
             # GCC 12 warns of variables in its own intrinsics (its bug 105593).
             extra_compile_args=[

@@ -85,6 +85,22 @@ class StateSave:
     slot: int
 
 
+@dataclass(frozen=True, slots=True)
+class DecodeInputs:
+    """What a batch of one new token per sequence, each with a past, has on the device: kernels read it there, so that
+    a captured step can be replayed with other numbers in the same places.
+
+    Attributes:
+        rows: [S] int64, 0 to S - 1: each sequence's token.
+        kv_lens: [S] int64, tokens visible to each sequence's token.
+        state_slots: [S] int64, slots of the recurrent states; None without any.
+    """
+
+    rows: Tensor
+    kv_lens: Tensor
+    state_slots: Tensor | None
+
+
 @dataclass(slots=True)
 class ForwardContext:
     """One packed batch.
@@ -100,6 +116,7 @@ class ForwardContext:
         cache: None: no cache is read or written.
         block_tables: [S, max blocks] int32, the blocks of each sequence in order; padded with 0.
         slot_mapping: [T] int64, block * P + offset of each token.
+        decode: set if every sequence has one new token and a past, and no state is to be kept on the way.
         states: of recurrent layers; with it, each sequence goes on from its slot, or from nothing if it has no past.
         state_slots: per sequence, its slot.
         state_saves: states to keep on the way.
@@ -115,6 +132,7 @@ class ForwardContext:
     cache: PagedCache | None = None
     block_tables: Tensor | None = None
     slot_mapping: Tensor | None = None
+    decode: DecodeInputs | None = None
     states: RecurrentStates | None = None
     state_slots: Sequence[int] = ()
     state_saves: Sequence[StateSave] = ()

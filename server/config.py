@@ -136,6 +136,11 @@ class ServerConfig(BaseSettings):
     )
     block_size: int = Field(default=16, description="Tokens of one attention cache block: 8, 16, 32, 64 or 128.")
     prefix_caching: bool = Field(default=True, description="Share cache blocks among requests with equal prefixes.")
+    decode_graphs: bool = Field(
+        default=True,
+        description="Capture decode steps once and replay them, which spares the interpreter's time; the results are "
+        "the same.",
+    )
     gguf_weights: GGUFWeights = Field(
         default="auto",
         description="How quantized matrices of GGUF files are held: as stored, or wide in the compute type; auto: as "
@@ -319,6 +324,7 @@ class ServerConfig(BaseSettings):
             kv_cache_bytes=self.kv_cache_bytes,
             block_size=self.block_size,
             enable_prefix_caching=self.prefix_caching,
+            enable_decode_graphs=self.decode_graphs,
             gguf_weights=self.gguf_weights,
             activation_quantization=self.activation_quantization,
             state_checkpoint_interval=self.state_checkpoint_interval,

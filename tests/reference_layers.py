@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from engine.layers.linear import Linear
 from engine.lora.adapter import Adapter
+from engine.ops.elementwise import ACTIVATIONS
 from engine.verification.layers import LayerProblem
 
 COMMON = ("lora scale missing", "adapter of another sequence", "adapter of the base sequence", "residual dropped")
@@ -172,7 +173,7 @@ class Reference:
         gate, up = self.linear(module.gate_proj, x, sequence), self.linear(module.up_proj, x, sequence)
         if self.is_("gate and up swapped"):
             gate, up = up, gate
-        wide = gate if self.is_("activation missing") else module.act(gate)
+        wide = gate if self.is_("activation missing") else ACTIVATIONS[module.activation](gate)
         return self.linear(module.down_proj, wide * up, sequence)
 
     def moe(self, module: Any, x: Tensor, sequence: Sequence) -> Tensor:

@@ -11,7 +11,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from engine.context import ForwardContext, PagedCache, RecurrentStates, StateSave
+from engine.context import DecodeInputs, ForwardContext, PagedCache, RecurrentStates, StateSave
 from engine.lora.adapter import Adapter, LoRABatch
 
 
@@ -59,6 +59,7 @@ def pack(
         cache=cache,
         block_tables=torch.tensor(tables, dtype=torch.int32, device=device),
         slot_mapping=torch.tensor(slots, dtype=torch.int64, device=device),
+        decode=_decode_inputs(starts, kv_lens, state_slots, device) if not state_saves else None,
         states=states,
         state_slots=state_slots,
         state_saves=state_saves,
@@ -66,6 +67,17 @@ def pack(
         scratch={},
     )
     return torch.tensor(flat, dtype=torch.int64, device=device), ctx
+
+
+def _decode_inputs(
+    starts: Seq[int], kv_lens: Seq[int], state_slots: Seq[int], device: torch.device
+) -> DecodeInputs | None:
+    """None unless each sequence has one new token and a past."""
+    if starts[-1] != len(kv_lens) or min(kv_lens) < 2:
+        return None
+    slots = torch.tensor(state_slots, dtype=torch.int64, device=device) if state_slots else None
+    rows = torch.arange(len(kv_lens), device=device)
+    return DecodeInputs(rows, torch.tensor(kv_lens, dtype=torch.int64, device=device), slots)
 
 
 def lora_batch(adapters: Seq[Adapter | None], starts: Seq[int]) -> LoRABatch | None:

@@ -20,7 +20,7 @@ from engine.core.staged import StagedForward
 from engine.jobs import Pause
 from engine.lora.adapter import Adapter
 from engine.models.base import CausalLM
-from engine.ops.cpu.gemm import int8_activations
+from engine.ops.cpu import int8_activations
 
 BLOCK_SIZE = 16
 

@@ -14,6 +14,7 @@ from engine.cache.full import FullAttentionManager
 from engine.cache.hybrid import HybridManager
 from engine.context import PagedCache, RecurrentStates, StateSave
 from engine.core.batch import pack
+from engine.core.decode_graphs import DecodeGraphs
 from engine.core.failures import as_engine_error
 from engine.core.loaded import LoadedModel
 from engine.core.memory import CachePlan
@@ -22,7 +23,7 @@ from engine.core.sequence import Sequence, new_sequences
 from engine.errors import EngineError, InternalError, InvalidArgumentError
 from engine.info import ModelStats
 from engine.models.base import CausalLM
-from engine.ops.cpu.gemm import int8_activations
+from engine.ops import cpu
 from engine.request import MAX_N, Request, RequestOutput
 from engine.sampling.logprobs import prompt_logprobs
 from engine.sampling.sampler import Sampler
@@ -80,6 +81,10 @@ class Runner:
             max_model_len=loaded.info.max_model_len,
         )
         self._sampler = Sampler()
+        # Kernels of ours for other devices are not captured: torch has graphs of its own for CUDA.
+        self._graphs: DecodeGraphs | None = None
+        if loaded.device.type == "cpu" and config.enable_decode_graphs and cpu.available():
+            self._graphs = DecodeGraphs(model, cache, states, loaded.info.max_model_len)
         self._observations: dict[str, list[float]] = defaultdict(list)
 
     # ----------------------------------------------------------------------------------------------------- requests
@@ -140,7 +145,7 @@ class Runner:
         batch = self._scheduler.schedule()
         self._observations["step_tokens"].append(batch.num_tokens)
         try:
-            with int8_activations(self._loaded.engine_config.rounds_activations):
+            with cpu.int8_activations(self._loaded.engine_config.rounds_activations):
                 sampled = self._execute(batch)
         except Exception as error:  # noqa: BLE001 - reported to each caller; the engine goes on
             return self._fail(batch, error)
@@ -153,6 +158,9 @@ class Runner:
         entries.sort(key=lambda e: (e.sequence.request.adapter or "", e.sequence.adapter_version or 0))
         sequences = [entry.sequence for entry in entries]
         slots, saves = self._prepare_states(sequences)
+        logits = None if saves else self._replay(entries, sequences, slots)
+        if logits is not None:
+            return self._sample(logits, sequences)
         token_ids, ctx = pack(
             [
                 s.token_ids[s.num_computed_tokens : s.num_computed_tokens + entry.num_tokens]
@@ -176,7 +184,30 @@ class Runner:
             return {}
         last = torch.tensor([ctx.seq_starts[row + 1] - 1 for row in ending], device=hidden.device)
         logits = self._model.compute_logits(hidden[last])
-        ended = [sequences[row] for row in ending]
+        return self._sample(logits, [sequences[row] for row in ending])
+
+    def _replay(self, entries: Seq[ScheduledSequence], sequences: Seq[Sequence], slots: Seq[int]) -> Tensor | None:
+        """Logits of a step in which each sequence decodes on the base, from a captured step; None if it is another."""
+        if self._graphs is None:
+            return None
+        for entry, s in zip(entries, sequences, strict=True):
+            if (
+                entry.num_tokens > 1
+                or s.num_computed_tokens == 0
+                or s.adapter is not None
+                or s.collects_prompt_logprobs
+                or not entry.reaches_end
+            ):
+                return None
+        return self._graphs.logits(
+            [s.token_ids[-1] for s in sequences],
+            [s.num_computed_tokens for s in sequences],
+            [s.block_table for s in sequences],
+            slots,
+        )
+
+    def _sample(self, logits: Tensor, ended: Seq[Sequence]) -> dict[int, int | EngineError]:
+        """The next token of each, or why there is none, by id of the sequence."""
         sampled = self._sampler.sample(logits, ended)
         for sequence, logprob in zip(ended, sampled.logprobs, strict=True):
             if logprob is not None:

@@ -19,7 +19,7 @@ from engine.jobs import EmbedFinished, EmbedSpec, JobEvent
 from engine.layers.pooling import finish, pool, validate_dimensions
 from engine.lora.adapter import Adapter, LoRABatch
 from engine.models.base import CausalLM
-from engine.ops.cpu.gemm import int8_activations, with_int8_activations
+from engine.ops.cpu import int8_activations, with_int8_activations
 
 
 def embed(spec: EmbedSpec, loaded: LoadedModel) -> Iterator[JobEvent | None]:

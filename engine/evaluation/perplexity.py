@@ -25,7 +25,7 @@ from engine.evaluation.slicing import SliceBudget
 from engine.jobs import JobEvent, PerplexityFinished, PerplexityProgress, PerplexitySpec
 from engine.lora.adapter import Adapter
 from engine.models.base import CausalLM
-from engine.ops.cpu.gemm import with_int8_activations
+from engine.ops.cpu import with_int8_activations
 
 
 @dataclass(slots=True)

@@ -11,6 +11,7 @@ from engine.layers.linear import Linear
 from engine.layers.norm import RMSNorm
 from engine.layers.rope import apply_rope
 from engine.ops.attention import attention
+from engine.ops.elementwise import gated_activation
 from engine.quantization.base import SchemeMap
 
 
@@ -78,5 +79,5 @@ class Attention(nn.Module):
         q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
         out = attention(q, k, v, ctx, self.layer_index, scale=self.scale, window=self.window, softcap=self.softcap)
         if gate is not None:
-            out = out * gate.sigmoid()
+            out = gated_activation(gate, out, "sigmoid")
         return self.o_proj(out.reshape(num_tokens, -1), ctx)  # type: ignore[no-any-return]

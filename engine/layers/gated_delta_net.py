@@ -177,9 +177,9 @@ class _Batch:
         fresh: slots of sequences without a past, or None.
         plan: of the sequences with more than one new token, or None if there is none.
         plan_rows: their tokens, or None for all tokens. plan_slots, plan_saves: theirs.
-        steps: on a CPU, (first token, first slot, count) of runs of sequences with one new token, whose tokens and
-            slots both follow each other: such a run is advanced in place.
-        step_rows, step_slots: on other devices, tokens and slots of the sequences with one new token, or None.
+        steps: with torch on a CPU, (first token, first slot, count) of runs of sequences with one new token, whose
+            tokens and slots both follow each other: such a run is advanced in place.
+        step_rows, step_slots: else, tokens and slots of the sequences with one new token, or None.
         step_saves: slots, and those to copy them to after the steps, or None.
     """
 
@@ -205,6 +205,9 @@ def _batch(ctx: ForwardContext, qkv: Tensor, key_width: int) -> _Batch:
 
 
 def _make_batch(ctx: ForwardContext, qkv: Tensor, key_width: int) -> _Batch:
+    by_index = steps_by_index(qkv)
+    if by_index and ctx.decode is not None and (decode_slots := ctx.decode.state_slots) is not None:
+        return _Batch(decode_slots, None, None, None, None, [], [], ctx.decode.rows, decode_slots, None)
     lengths, slots = ctx.seq_lens(), list(ctx.state_slots)
 
     def index(numbers: Sequence[int]) -> Tensor | None:
@@ -216,7 +219,6 @@ def _make_batch(ctx: ForwardContext, qkv: Tensor, key_width: int) -> _Batch:
     assert len(slots) == len(lengths), "a slot per sequence"
     planned = [s for s, length in enumerate(lengths) if length > 1]
     stepped = [s for s, length in enumerate(lengths) if length == 1]
-    by_index = steps_by_index(qkv.device)
     step_saves = [(slots[save.row], save.slot) for save in ctx.state_saves if lengths[save.row] == 1]
     batch = _Batch(
         slots=_index(slots, qkv.device),

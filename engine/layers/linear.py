@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.context import ForwardContext
+from engine.ops.elementwise import add
 from engine.quantization.base import UNQUANTIZED, LinearScheme
 
 
@@ -46,7 +47,7 @@ class Linear(nn.Module):
         """x [T, in_features]: [T, out_features]."""
         y = self.scheme.apply(self, x)
         if self.bias is not None:
-            y = y + self.bias
+            y = add(y, self.bias)
         if ctx.lora is not None and self.lora:
             y = ctx.lora.add(self.name, x, y)
         return y

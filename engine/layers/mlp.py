@@ -2,40 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.config import ModelConfig
 from engine.context import ForwardContext, Stage, State
-from engine.errors import FormatError
 from engine.layers.linear import Linear
+from engine.ops.elementwise import activation, gated_activation
 from engine.quantization.base import SchemeMap
-
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": F.silu,
-    "swish": F.silu,
-    "gelu": F.gelu,
-    "gelu_new": partial(F.gelu, approximate="tanh"),
-    "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
-    "relu": F.relu,
-    "relu2": lambda x: F.relu(x).square(),
-}
-"""Hugging Face ``hidden_act`` to the function."""
-
-
-def activation(name: str) -> Callable[[Tensor], Tensor]:
-    """The activation of that Hugging Face name.
-
-    Raises:
-        FormatError: the name is not known.
-    """
-    if name not in ACTIVATIONS:
-        raise FormatError(f"hidden_act is {name!r}; accepted: {', '.join(sorted(ACTIVATIONS))}", field="hidden_act")
-    return ACTIVATIONS[name]
 
 
 class GatedMLP(nn.Module):
@@ -72,7 +46,8 @@ class GatedMLP(nn.Module):
         self.gate_proj = linear("gate_proj", config.hidden_size, width)
         self.up_proj = linear("up_proj", config.hidden_size, width)
         self.down_proj = linear("down_proj", width, config.hidden_size)
-        self.act = activation(config.hidden_act)
+        activation(config.hidden_act)  # refuses what is not known
+        self.activation = config.hidden_act
 
     def stages(self, ctx: ForwardContext) -> list[Stage]:
         """``forward`` in stages of one product each, from (x,) to (y,); what stands before these is handed on."""
@@ -83,7 +58,7 @@ class GatedMLP(nn.Module):
 
         def up(state: State) -> State:
             *rest, x, gated = state
-            return (*rest, self.act(gated) * self.up_proj(x, ctx))
+            return (*rest, gated_activation(gated, self.up_proj(x, ctx), self.activation))
 
         def down(state: State) -> State:
             *rest, inner = state
@@ -93,4 +68,5 @@ class GatedMLP(nn.Module):
 
     def forward(self, x: Tensor, ctx: ForwardContext) -> Tensor:
         """x [T, D]: [T, D]."""
-        return self.down_proj(self.act(self.gate_proj(x, ctx)) * self.up_proj(x, ctx), ctx)  # type: ignore[no-any-return]
+        gated = gated_activation(self.gate_proj(x, ctx), self.up_proj(x, ctx), self.activation)
+        return self.down_proj(gated, ctx)  # type: ignore[no-any-return]

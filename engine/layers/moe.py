@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from engine.config import ModelConfig
 from engine.context import ForwardContext
 from engine.layers.linear import Linear
-from engine.layers.mlp import GatedMLP, activation
+from engine.layers.mlp import GatedMLP
 from engine.lora.targets import StackedTarget
+from engine.ops.elementwise import activation
 from engine.ops.moe import grouped_linear
 from engine.ops.norm import widen
 from engine.quantization.base import SchemeMap

@@ -17,6 +17,7 @@ from torch import Tensor
 from engine.config import RopeConfig
 from engine.context import ForwardContext
 from engine.errors import FormatError
+from engine.ops import cpu
 
 
 class RotaryEmbedding:
@@ -47,6 +48,8 @@ class RotaryEmbedding:
         """cos and sin, each [T, R] float32, for ctx.positions."""
         if self._inv_freq.device != ctx.positions.device:
             self._inv_freq = self._inv_freq.to(ctx.positions.device)
+        if cpu.takes(self._inv_freq):
+            return cpu.rope_table(ctx.positions, self._inv_freq, self.attention_factor)
         angles = ctx.positions[:, None].float() * self._inv_freq
         angles = torch.cat((angles, angles), dim=-1)
         return angles.cos() * self.attention_factor, angles.sin() * self.attention_factor
@@ -148,6 +151,8 @@ class RotaryEmbedding:
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotates the first R dimensions of x [T, H, head_dim] by cos and sin [T, R]; dimension i pairs with i + R / 2."""
+    if cpu.takes(x, cos, sin):
+        return cpu.rope(x, cos, sin)
     rotary_dim = cos.shape[-1]
     cos, sin = cos[:, None].to(x.dtype), sin[:, None].to(x.dtype)
     rotated = x[..., :rotary_dim]

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from engine.config import ModelConfig
 from engine.context import ForwardContext
-from engine.layers.mlp import activation
 from engine.models.base import models
 from engine.models.encoder import Encoder, LayerNorm, linear, self_attention, table
+from engine.ops.elementwise import activation
 from engine.quantization.base import SchemeMap
 
 

@@ -21,6 +21,7 @@ from engine.layers.mlp import GatedMLP
 from engine.layers.norm import RMSNorm
 from engine.layers.rope import RotaryEmbedding
 from engine.models.base import CausalLM, layer_stages, models, run_layer
+from engine.ops.elementwise import add
 from engine.quantization.base import SchemeMap
 
 
@@ -54,17 +55,17 @@ class Gemma3DecoderLayer(nn.Module):
 
         def mix(x: Tensor) -> Tensor:
             mixed = self.self_attn(self.input_layernorm(x), ctx, cos, sin)
-            return x + self.post_attention_layernorm(mixed)  # type: ignore[no-any-return]
+            return add(x, self.post_attention_layernorm(mixed))
 
-        def add(x: Tensor, y: Tensor) -> Tensor:
-            return x + self.post_feedforward_layernorm(y)  # type: ignore[no-any-return]
+        def add_mlp(x: Tensor, y: Tensor) -> Tensor:
+            return add(x, self.post_feedforward_layernorm(y))
 
-        return layer_stages(mix, self.pre_feedforward_layernorm, self.mlp, add, ctx)
+        return layer_stages(mix, self.pre_feedforward_layernorm, self.mlp, add_mlp, ctx)
 
     def forward(self, x: Tensor, ctx: ForwardContext, cos: Tensor, sin: Tensor) -> Tensor:
         """x [T, D]: [T, D]."""
-        x = x + self.post_attention_layernorm(self.self_attn(self.input_layernorm(x), ctx, cos, sin))
-        return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x), ctx))  # type: ignore[no-any-return]
+        x = add(x, self.post_attention_layernorm(self.self_attn(self.input_layernorm(x), ctx, cos, sin)))
+        return add(x, self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x), ctx)))
 
 
 class Gemma3TextModel(nn.Module):

@@ -17,6 +17,7 @@ from engine.layers.mlp import GatedMLP
 from engine.layers.norm import RMSNorm
 from engine.layers.rope import RotaryEmbedding
 from engine.models.base import CausalLM, layer_stages, models, run_layer
+from engine.ops.elementwise import add
 from engine.quantization.base import SchemeMap
 
 
@@ -43,14 +44,14 @@ class DecoderLayer(nn.Module):
         """``forward`` in stages; see layer_stages."""
 
         def mix(x: Tensor) -> Tensor:
-            return x + self.self_attn(self.input_layernorm(x), ctx, cos, sin)  # type: ignore[no-any-return]
+            return add(x, self.self_attn(self.input_layernorm(x), ctx, cos, sin))
 
-        return layer_stages(mix, self.post_attention_layernorm, self.mlp, torch.add, ctx)
+        return layer_stages(mix, self.post_attention_layernorm, self.mlp, add, ctx)
 
     def forward(self, x: Tensor, ctx: ForwardContext, cos: Tensor, sin: Tensor) -> Tensor:
         """x [T, D]: [T, D]."""
-        x = x + self.self_attn(self.input_layernorm(x), ctx, cos, sin)
-        return x + self.mlp(self.post_attention_layernorm(x), ctx)  # type: ignore[no-any-return]
+        x = add(x, self.self_attn(self.input_layernorm(x), ctx, cos, sin))
+        return add(x, self.mlp(self.post_attention_layernorm(x), ctx))
 
 
 class LlamaModel(nn.Module):

@@ -23,6 +23,7 @@ from engine.layers.norm import RMSNorm
 from engine.layers.rope import RotaryEmbedding
 from engine.models.base import CausalLM, layer_stages, models, run_layer
 from engine.models.qwen3_5_mtp import Qwen3_5MTP
+from engine.ops.elementwise import add
 from engine.quantization.base import SchemeMap
 
 
@@ -55,15 +56,15 @@ class Qwen3_5DecoderLayer(nn.Module):
         def mix(x: Tensor) -> Tensor:
             normed = self.input_layernorm(x)
             mixed = self.linear_attn(normed, ctx) if self.is_linear else self.self_attn(normed, ctx, cos, sin)
-            return x + mixed  # type: ignore[no-any-return]
+            return add(x, mixed)
 
-        return layer_stages(mix, self.post_attention_layernorm, self.mlp, torch.add, ctx)
+        return layer_stages(mix, self.post_attention_layernorm, self.mlp, add, ctx)
 
     def forward(self, x: Tensor, ctx: ForwardContext, cos: Tensor, sin: Tensor) -> Tensor:
         """x [T, D]: [T, D]."""
         normed = self.input_layernorm(x)
-        x = x + (self.linear_attn(normed, ctx) if self.is_linear else self.self_attn(normed, ctx, cos, sin))
-        return x + self.mlp(self.post_attention_layernorm(x), ctx)  # type: ignore[no-any-return]
+        x = add(x, self.linear_attn(normed, ctx) if self.is_linear else self.self_attn(normed, ctx, cos, sin))
+        return add(x, self.mlp(self.post_attention_layernorm(x), ctx))
 
 
 class Qwen3_5TextModel(nn.Module):

@@ -2,7 +2,8 @@
 
 Shapes: T tokens, S sequences, H_q query heads, H_kv key/value heads, G = H_q / H_kv, D head_dim, L key length, P block
 size. The plain reference is ``attention_reference``; ``attention`` gives the same through
-``torch.nn.functional.scaled_dot_product_attention``. Proof: tests/unit/test_attention.py.
+``torch.nn.functional.scaled_dot_product_attention``, or, where each sequence has one new token on a CPU, a kernel.
+Proof: tests/unit/test_attention.py, tests/unit/test_cpu_ops.py.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engine.context import ForwardContext, PagedCache
+from engine.ops import cpu
 
 
 def attention_reference(
@@ -68,6 +70,12 @@ def attention(
     assert ctx.slot_mapping is not None
     assert ctx.block_tables is not None
     cache = ctx.cache
+    keys, values = cache.keys[layer_index], cache.values[layer_index]
+    if ctx.decode is not None and softcap is None and cpu.takes(q, k, v, keys, values):
+        lens = ctx.decode.kv_lens
+        return cpu.decode_attention(
+            q, k, v, keys, values, ctx.slot_mapping, ctx.block_tables, lens, scale=scale, window=window
+        )
     cache.keys[layer_index].flatten(0, 1).index_copy_(0, ctx.slot_mapping, k)
     cache.values[layer_index].flatten(0, 1).index_copy_(0, ctx.slot_mapping, v)
     out = torch.empty_like(q)

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from engine.ops import cpu
 from engine.ops.backends import uses_triton_forward
 
 BLOCK_ELEMENTS = 1 << 17
@@ -71,13 +72,15 @@ def causal_conv_step_slots(x: Tensor, weight: Tensor, windows: Tensor, slots: Te
         x: [S, C].
         weight: [C, W].
         windows: [slots, W - 1, C] float32, advanced in place.
-        slots: [S] integers, each its own.
+        slots: [S] int64, each its own.
     Returns: silu(y) [S, C] in the type of x.
     """
     if uses_triton_forward(x, weight):
         from engine.ops.triton import conv_step
 
         return conv_step.causal_conv_step_slots(x, weight, windows, slots)
+    if cpu.takes(x, weight, windows):
+        return cpu.conv_step(x, weight, windows, slots)
     before = windows.index_select(0, slots).to(x.dtype)
     extended = torch.cat((before, x[:, None]), dim=1)
     windows.index_copy_(0, slots, extended[:, 1:].to(windows.dtype))

@@ -11,7 +11,8 @@ many sequences by one token each; ``chunk_gated_delta_rule`` works on chunks by 
 training, and autograd gives its backward. Proof: tests/unit/test_delta_rule.py.
 
 Two entries take q and k as they are and choose the form: ``plan_delta_rule`` with ``gated_delta_rule``, and
-``gated_delta_step_slots``. Proof of the forms for CUDA: tests/unit/test_triton_kernels.py, tests/gpu.
+``gated_delta_step_slots``. Proof of the forms for CUDA: tests/unit/test_triton_kernels.py, tests/gpu; of the kernel for
+CPUs: tests/unit/test_cpu_ops.py.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from engine.ops import cpu
 from engine.ops.backends import uses_fla, uses_triton, uses_triton_forward
 from engine.ops.flash_linear_attention import FlaPlan, plan_fla
 from engine.ops.root_norm import root_norm
@@ -130,9 +132,9 @@ def gated_delta_step(
     return out.to(out_dtype), new.view_as(state)
 
 
-def steps_by_index(device: torch.device) -> bool:
-    """Whether ``gated_delta_step_slots`` suits the device; on a CPU runs of slots are advanced as views instead."""
-    return device.type != "cpu" or uses_triton(device)
+def steps_by_index(x: Tensor) -> bool:
+    """Whether ``gated_delta_step_slots`` suits inputs like x; on a CPU torch advances runs of slots as views."""
+    return not x.is_cpu or uses_triton(x.device) or cpu.takes(x)
 
 
 def gated_delta_step_slots(
@@ -154,7 +156,7 @@ def gated_delta_step_slots(
         q, k: [T, H_k, K], neither scaled nor normalised. v: [T, H_v, V].
         a, b, a_log, dt_bias: of ``gates``.
         matrices: [slots, H_v, K, V] float32, advanced in place.
-        rows: [n] integers, the sequences' tokens. slots: [n] integers, each its own.
+        rows: [n] integers, the sequences' tokens in order. slots: [n] int64, each its own.
         out: [T, H_v, V]; the rows are written.
     """
     if uses_triton_forward(v, a_log, dt_bias):
@@ -162,7 +164,14 @@ def gated_delta_step_slots(
 
         delta_step.gated_delta_step_slots(q, k, v, a, b, a_log, dt_bias, matrices, rows, slots, out, L2_EPS)
         return
-    q, k, v, a, b = (x.index_select(0, rows) for x in (q, k, v, a, b))
+    if len(rows) < len(v):
+        q, k, v, a, b = (x.index_select(0, rows) for x in (q, k, v, a, b))
+    if cpu.takes(q, k, v, a, b, a_log, dt_bias, matrices, out):
+        part = out if len(rows) == len(out) else torch.empty_like(v)
+        cpu.delta_step(q, k, v, a, b, a_log, dt_bias, matrices, slots, L2_EPS, part)
+        if part is not out:
+            out.index_copy_(0, rows, part)
+        return
     inputs = (l2_normalize(q, scale=q.shape[-1] ** -0.5), l2_normalize(k), v, *gates(a, b, a_log, dt_bias))
     stepped, after = gated_delta_step(*inputs, matrices.index_select(0, slots), inplace=True)
     matrices.index_copy_(0, slots, after)

@@ -1,6 +1,7 @@
 """Root mean square normalisation (arXiv:1910.07467), computed in float32, or in float64 for inputs of that type.
 
-Shapes: D width. Proof: tests/parity for the torch form, tests/unit/test_triton_kernels.py for the kernel.
+Shapes: D width. Proof: tests/parity for the torch form; tests/unit/test_triton_kernels.py and test_cpu_ops.py for the
+kernels.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from engine.ops import cpu
 from engine.ops.backends import uses_triton_forward
 from engine.ops.root_norm import root_norm
 
@@ -19,6 +21,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, shifted: bool = False) ->
         from engine.ops.triton import rms_norm as kernels
 
         return kernels.rms_norm(x, weight, eps, shifted=shifted)
+    if cpu.takes(x, weight):
+        return cpu.rms_norm(x, weight, eps, shifted=shifted)
     wide = widen(x)
     weight = weight.to(wide.dtype)
     if shifted:
@@ -32,6 +36,8 @@ def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tenso
         from engine.ops.triton import rms_norm as kernels
 
         return kernels.rms_norm(x, weight, eps, gate=gate)
+    if cpu.takes(x, gate, weight):
+        return cpu.rms_norm(x, weight, eps, shifted=False, gate=gate)
     wide = widen(x)
     normed = _rms_norm(wide, weight.to(wide.dtype), eps)
     return (normed * F.silu(gate.to(wide.dtype))).to(gate.dtype)

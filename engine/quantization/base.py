@@ -65,7 +65,7 @@ class Unquantized(LinearScheme):
 
     def apply(self, module: nn.Module, x: Tensor) -> Tensor:
         weight = module.get_parameter("weight")
-        if cpu.takes(x) and (packed := cpu.packed(module, weight, lambda: cpu.StoredWeight(weight))) is not None:
+        if cpu.takes_rows(x) and (packed := cpu.packed(module, weight, lambda: cpu.StoredWeight(weight))) is not None:
             return packed.linear(x)
         return linear(x, weight)
 
@@ -76,7 +76,13 @@ class Unquantized(LinearScheme):
         return module.get_parameter("weight").to(dtype)
 
     def embed(self, module: nn.Module, ids: Tensor) -> Tensor:
-        return F.embedding(ids, module.weight)  # type: ignore[arg-type]
+        weight = module.get_parameter("weight")
+        wants_gradient = weight.requires_grad and torch.is_grad_enabled()
+        if weight.dtype == torch.float32 and not wants_gradient and cpu.takes_ids(ids):
+            packed = cpu.packed(module, weight, lambda: cpu.StoredWeight(weight))
+            if packed is not None:
+                return packed.gather(ids)
+        return F.embedding(ids, weight)
 
 
 UNQUANTIZED = Unquantized()

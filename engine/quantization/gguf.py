@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from engine.errors import FormatError
 from engine.loading.gguf_blocks import BLOCK_TYPES, BlockType
 from engine.ops import cpu
-from engine.ops.cpu import gemm
 from engine.ops.quantized import WeightRows, quantized_linear, unpack_int4
 from engine.quantization.base import UNQUANTIZED, LinearScheme, SchemeMap, quant_methods
 
@@ -56,9 +55,9 @@ class GGUFBlocks(LinearScheme):
 
     def apply(self, module: nn.Module, x: Tensor) -> Tensor:
         packed = self._packed(module)
-        if packed is not None and gemm.takes(x):
-            return gemm.linear(packed, x)
-        if packed is not None and cpu.takes(x, cpu.MAX_ROWS_OF_INTEGERS):
+        if packed is not None and cpu.takes_rounded(x):
+            return packed.linear(x, rounds=True)
+        if packed is not None and cpu.takes_rows(x, cpu.MAX_ROWS_OF_INTEGERS):
             return packed.linear(x)
         return quantized_linear(x, self._rows(module, packed), module.get_parameter("weight_q").shape[0])
 
@@ -66,6 +65,10 @@ class GGUFBlocks(LinearScheme):
         return self._widen(*self._stored(module)).to(dtype)
 
     def embed(self, module: nn.Module, ids: Tensor) -> Tensor:
+        if module.compute_dtype == torch.float32 and cpu.takes_ids(ids):
+            packed = self._packed(module)
+            if packed is not None:
+                return packed.gather(ids)
         values, scale, offset = self._stored(module)
         rows = self._widen(values[ids], scale[ids], None if offset is None else offset[ids])
         return rows.to(module.compute_dtype)  # type: ignore[arg-type]
@@ -74,7 +77,7 @@ class GGUFBlocks(LinearScheme):
         offset = module.get_parameter("weight_offset") if self.block.has_offsets else None
         return module.get_parameter("weight_q"), module.get_parameter("weight_scale"), offset
 
-    def _packed(self, module: nn.Module) -> cpu.PackedWeights | None:
+    def _packed(self, module: nn.Module) -> cpu.PackedWeight | None:
         values, scale, offset = self._stored(module)
         shift = self.block.zero_point
         return cpu.packed(module, values, lambda: cpu.StoredWeight(values, scale, offsets=offset, shift=shift))
@@ -82,7 +85,7 @@ class GGUFBlocks(LinearScheme):
     def rows(self, module: nn.Module) -> WeightRows:
         return self._rows(module, self._packed(module))
 
-    def _rows(self, module: nn.Module, packed: cpu.PackedWeights | None) -> WeightRows:
+    def _rows(self, module: nn.Module, packed: cpu.PackedWeight | None) -> WeightRows:
         values, scale, offset = self._stored(module)
 
         def rows(start: int, end: int, dtype: torch.dtype) -> Tensor:

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from engine.errors import FormatError
 from engine.ops import cpu
-from engine.ops.cpu import gemm
 from engine.ops.quantized import WeightRows, quantized_linear, unpack_int4
 from engine.quantization.base import LinearScheme
 from engine.quantization.int8 import check_shape
@@ -81,7 +80,7 @@ class Int4Grouped(LinearScheme):
             del module.weight_packed
             module.register_buffer("weight_int8", unpacked, persistent=False)
 
-    def _packed(self, module: nn.Module) -> cpu.PackedWeights | None:
+    def _packed(self, module: nn.Module) -> cpu.PackedWeight | None:
         """The module's weight as our kernels read it."""
         words = module._parameters.get("weight_packed")
         if words is None:
@@ -90,9 +89,9 @@ class Int4Grouped(LinearScheme):
         return cpu.packed(module, words, lambda: cpu.StoredWeight(words.view(torch.uint8), scale, zero))
 
     def apply(self, module: nn.Module, x: Tensor) -> Tensor:
-        if gemm.takes(x) and (packed := self._packed(module)) is not None:
-            return gemm.linear(packed, x)
-        if cpu.takes(x, cpu.MAX_ROWS_OF_INTEGERS) and (packed := self._packed(module)) is not None:
+        if cpu.takes_rounded(x) and (packed := self._packed(module)) is not None:
+            return packed.linear(x, rounds=True)
+        if cpu.takes_rows(x, cpu.MAX_ROWS_OF_INTEGERS) and (packed := self._packed(module)) is not None:
             return packed.linear(x)
         num_rows = x.numel() // x.shape[-1]
         if (
@@ -111,7 +110,10 @@ class Int4Grouped(LinearScheme):
         return self._widen(*self._stored(module), dtype)
 
     def embed(self, module: nn.Module, ids: Tensor) -> Tensor:
+        packed = self._packed(module) if cpu.takes_ids(ids) else None
         values, scale, zero = self._stored(module)
+        if packed is not None and scale.dtype == torch.float32:
+            return packed.gather(ids)
         return self._widen(values[ids], scale[ids], None if zero is None else zero[ids], scale.dtype)
 
     def rows(self, module: nn.Module) -> WeightRows:

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from engine.errors import FormatError
 from engine.ops import cpu
-from engine.ops.cpu import gemm
 from engine.ops.quantized import WeightRows, quantized_linear, unpack_int8
 from engine.quantization.base import LinearScheme
 from engine.quantization.packing import packed_width
@@ -63,9 +62,9 @@ class Int8PerChannel(LinearScheme):
     def apply(self, module: nn.Module, x: Tensor) -> Tensor:
         weight, scale = module.get_parameter("weight"), module.get_parameter("weight_scale")
         packed = cpu.packed(module, weight, lambda: cpu.StoredWeight(weight, scale))
-        if packed is not None and gemm.takes(x):
-            return gemm.linear(packed, x)
-        if packed is not None and cpu.takes(x, cpu.MAX_ROWS_OF_INTEGERS):
+        if packed is not None and cpu.takes_rounded(x):
+            return packed.linear(x, rounds=True)
+        if packed is not None and cpu.takes_rows(x, cpu.MAX_ROWS_OF_INTEGERS):
             return packed.linear(x)
         num_rows = x.numel() // x.shape[-1]
         if (
@@ -88,11 +87,15 @@ class Int8PerChannel(LinearScheme):
         return _rows(weight, scale, cpu.packed(module, weight, lambda: cpu.StoredWeight(weight, scale)))
 
     def embed(self, module: nn.Module, ids: Tensor) -> Tensor:
-        scale = module.get_parameter("weight_scale")
-        return module.get_parameter("weight")[ids].to(scale.dtype) * scale[ids]
+        weight, scale = module.get_parameter("weight"), module.get_parameter("weight_scale")
+        if scale.dtype == torch.float32 and cpu.takes_ids(ids):
+            packed = cpu.packed(module, weight, lambda: cpu.StoredWeight(weight, scale))
+            if packed is not None:
+                return packed.gather(ids)
+        return weight[ids].to(scale.dtype) * scale[ids]
 
 
-def _rows(weight: Tensor, scale: Tensor, packed: cpu.PackedWeights | None) -> WeightRows:
+def _rows(weight: Tensor, scale: Tensor, packed: cpu.PackedWeight | None) -> WeightRows:
     def rows(start: int, end: int, dtype: torch.dtype) -> Tensor:
         if packed is not None and dtype == torch.float32:
             return cpu.scratch_rows(packed, start, end)

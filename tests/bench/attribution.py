@@ -58,7 +58,7 @@ _PRODUCTS = (
     "_weight_int",
 )
 _KERNELS = (
-    (PRODUCTS, ("linear", "gemm", "product", "widen", "gather", "round")),
+    (PRODUCTS, ("linear", "widen", "gather")),
     (ATTENTION, ("attention",)),
     (NORMS, ("norm",)),
     (ROPE, ("rope",)),
@@ -170,7 +170,7 @@ def _timed_kernels(found: dict[str, list[float]]) -> Iterator[None]:
         for module in _engine_modules():
             for name, value in list(vars(module).items()):
                 if isinstance(value, ctypes.CDLL):
-                    stack.enter_context(_replaced(module, name, _TimedLibrary(value, found)))
+                    stack.enter_context(_replaced(module, name, _TimedLibrary(value, module, found)))
                 elif isinstance(value, ctypes._CFuncPtr):  # type: ignore[attr-defined]
                     stack.enter_context(_replaced(module, name, _timed(value, module, found)))
         yield
@@ -193,15 +193,21 @@ def _timed(function: Any, module: Any, found: dict[str, list[float]]) -> Callabl
 
 
 class _TimedLibrary:
-    """A shared library whose functions are timed."""
+    """A shared library of a module, whose functions are timed; a program of operations is run one by one for that."""
 
-    def __init__(self, library: ctypes.CDLL, found: dict[str, list[float]]) -> None:
-        self._library, self._found = library, found
+    def __init__(self, library: ctypes.CDLL, module: Any, found: dict[str, list[float]]) -> None:
+        self._library, self._module, self._found = library, module, found
 
     def __getattr__(self, name: str) -> Any:
-        function = _timed(getattr(self._library, name), None, self._found)
+        if name == "whet_cpu_run":
+            return self._run_one_by_one
+        function = _timed(getattr(self._library, name), self._module, self._found)
         setattr(self, name, function)
         return function
+
+    def _run_one_by_one(self, address: int, count: int) -> int:
+        statuses = (self.whet_cpu_call(op.kind, op.args) for op in (self._module.Op * count).from_address(address))
+        return next((status for status in statuses if status != 0), 0)
 
 
 def _engine_modules() -> list[Any]:

@@ -84,7 +84,7 @@ def test_logits_are_those_of_wide_weights(
     if with_kernels and not cpu.available():
         pytest.skip("the CPU kernels were not built or this CPU lacks AVX2")
     if not with_kernels:
-        monkeypatch.setattr(cpu, "_library", None)
+        monkeypatch.setattr(cpu.library, "_library", None)
     path = write(tmp_path, kind)
     stored, wide = load(path, "stored"), load(path, "float")
     assert stored.info.quantization == kind.lower()

@@ -51,6 +51,15 @@ MOE: dict[str, Any] = {
 LENGTHS = [1, 2, 31, 33, 64, 65, 130]  # around the chunk sizes, ours and theirs
 
 
+@torch.no_grad()
+def quieten(reference: Any) -> Any:
+    """Halves the matrices: else the residual stream grows to tens within four layers, and rounding with it."""
+    for parameter in reference.parameters():
+        if parameter.dim() > 1:
+            parameter.mul_(0.5)
+    return reference
+
+
 def prepared(reference: Any, seed: int) -> Any:
     """Random values everywhere, and decays as a trained model has them: from nearly none to nearly all."""
     randomize(reference, seed)
@@ -59,7 +68,7 @@ def prepared(reference: Any, seed: int) -> Any:
         for name, parameter in reference.named_parameters():
             if name.endswith("A_log"):
                 parameter.copy_(torch.empty(parameter.shape).uniform_(-4, 2, generator=generator))
-    return reference
+    return quieten(reference)
 
 
 def make(kind: str, seed: int) -> Any:
@@ -67,15 +76,6 @@ def make(kind: str, seed: int) -> Any:
     if kind == "dense":
         return prepared(Qwen3_5ForCausalLM(Qwen3_5TextConfig(**DENSE)), seed)
     return prepared(Qwen3_5MoeForCausalLM(Qwen3_5MoeTextConfig(**MOE)), seed)
-
-
-@torch.no_grad()
-def quieten(reference: Any) -> Any:
-    """Halves the matrices: else the residual stream grows to tens within four layers, and rounding with it."""
-    for parameter in reference.parameters():
-        if parameter.dim() > 1:
-            parameter.mul_(0.5)
-    return reference
 
 
 @pytest.mark.parametrize(
@@ -184,7 +184,7 @@ def test_language_model_of_the_multimodal_checkpoint(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["dense", "moe"])
 def test_lengths_around_the_chunk_sizes(tmp_path: Path, kind: str) -> None:
     """One token less than one and two chunks, as many, and one more, packed in one forward."""
-    reference = quieten(make(kind, 8))
+    reference = make(kind, 8)
     model = through_our_loader(reference, tmp_path)
     assert_same_logits(model, reference, token_ids([63, 64, 65, 127, 128, 129], 97))
 
@@ -202,7 +202,7 @@ def test_lengths_around_the_chunk_sizes(tmp_path: Path, kind: str) -> None:
 )
 def test_moe_of_odd_shapes(tmp_path: Path, options: dict[str, Any]) -> None:
     """With experts, what test_dense has of layers and heads."""
-    reference = quieten(prepared(Qwen3_5MoeForCausalLM(Qwen3_5MoeTextConfig(**{**MOE, **options})), 9))
+    reference = prepared(Qwen3_5MoeForCausalLM(Qwen3_5MoeTextConfig(**{**MOE, **options})), 9)
     model = through_our_loader(reference, tmp_path)
     assert_same_logits(model, reference, token_ids(LENGTHS, 97))
 
@@ -213,7 +213,7 @@ def test_moe_of_odd_shapes(tmp_path: Path, options: dict[str, Any]) -> None:
 def test_chunked_prefill_at_random_cuts(tmp_path: Path, kind: str, seed: int) -> None:
     """A batch of unequal lengths, of which each step takes some tokens of some sequences, from single ones to more than
     a chunk, through block cache and states: every logit is that of transformers for the whole sequence."""
-    reference = quieten(make(kind, 7))
+    reference = make(kind, 7)
     model = through_our_loader(reference, tmp_path)
     assert isinstance(model, CausalLM)
     sequences = [ids.tolist() for ids in token_ids([129, 65, 3, 64, 40], 97, seed)]
@@ -256,7 +256,6 @@ def test_chunked_prefill_at_random_cuts(tmp_path: Path, kind: str, seed: int) ->
 def test_every_layer(tmp_path: Path, kind: str) -> None:
     """The output of each decoder layer and of each token mixer, not of the last alone."""
     reference = make(kind, 6)
-    quieten(reference)
     model = through_our_loader(reference, tmp_path)
     assert isinstance(model, CausalLM)
     sequences = token_ids(LENGTHS, 97)

@@ -36,6 +36,12 @@ inline To by_halves(From from, HalfTo (*half)(HalfFrom)) {
   std::memcpy(&to, results, sizeof(to));
   return to;
 }
+inline simde__m512i with_zeros(__m256i lower) {
+  simde__m512i to = simde_mm512_setzero_si512();
+  std::memcpy(&to, &lower, sizeof(lower));
+  return to;
+}
+#define _mm512_zextsi256_si512(lower) with_zeros(lower)
 inline __m256 half_of(simde__m512 v, int which) {
   __m256 parts[2];
   std::memcpy(parts, &v, sizeof(v));
@@ -47,6 +53,12 @@ inline __m256 half_of(simde__m512 v, int which) {
 #define _mm256_dpbusd_avx_epi32(sum, a, b) simde_mm256_dpbusd_epi32(sum, a, b)
 #define _mm512_cvtepi32_ps(v) \\
   by_halves<simde__m512, simde__m512i, __m256, __m256i>(v, [](__m256i half) { return _mm256_cvtepi32_ps(half); })
+#define _mm512_cvtps_epi32(v) \\
+  by_halves<simde__m512i, simde__m512, __m256i, __m256>(v, [](__m256 half) { return _mm256_cvtps_epi32(half); })
+#define _mm512_cvtph_ps(v) \\
+  by_halves<simde__m512, __m256i, __m256, __m128i>(v, [](__m128i half) { return _mm256_cvtph_ps(half); })
+#define _mm512_roundscale_ps(v, how) \\
+  by_halves<simde__m512, simde__m512, __m256, __m256>(v, [](__m256 half) { return _mm256_round_ps(half, how); })
 #define _mm512_cvtepi8_epi32(v) \\
   by_halves<simde__m512i, __m128i, __m256i, int64_t>( \\
       v, [](int64_t half) { return _mm256_cvtepi8_epi32(_mm_cvtsi64_si128(half)); })

@@ -5,7 +5,6 @@ Levels that this CPU lacks are those of a library in which SIMDe computes their 
 
 from __future__ import annotations
 
-import ctypes
 import threading
 from collections.abc import Iterator
 
@@ -14,9 +13,7 @@ import torch
 from torch import Tensor
 
 from engine.ops import cpu
-from engine.ops.cpu import PackedWeights, StoredWeight, gemm
-from tests.unit import emulated_kernels
-from tests.unit.test_cpu_kernels import KINDS as ROWS_KINDS
+from engine.ops.cpu import PackedWeight, StoredWeight, gemm, library
 from tests.unit.test_cpu_kernels import stored as stored_in_32s
 
 pytestmark = pytest.mark.skipif(not cpu.available(), reason="the CPU kernels were not built or this CPU lacks AVX2")
@@ -27,25 +24,17 @@ KINDS = [
 ]
 
 
-@pytest.fixture(scope="session")
-def emulated(tmp_path_factory: pytest.TempPathFactory) -> ctypes.PyDLL:
-    if (missing := emulated_kernels.why_not()) is not None:
-        pytest.skip(f"this CPU lacks the level, and it cannot be emulated: {missing}")
-    return emulated_kernels.build(tmp_path_factory.mktemp("emulated"))
-
-
 def use_level(number: int, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The real library at that level, or the emulated one where the CPU lacks it."""
-    library = cpu._library
-    assert library is not None
-    if not library.whet_cpu_gemm_has_level(number):
-        library = request.getfixturevalue("emulated")
-        gemm.declare(library)
-        monkeypatch.setattr(cpu, "_library", library)
-    library.whet_cpu_gemm_force_level(number)
+    found = library._library
+    assert found is not None
+    if not found.whet_cpu_gemm_has_level(number):
+        found = request.getfixturevalue("emulated")
+        monkeypatch.setattr(library, "_library", found)
+    found.whet_cpu_gemm_force_level(number)
     yield
-    library.whet_cpu_gemm_force_level(-1)
-    library.whet_cpu_set_num_threads(1)
+    found.whet_cpu_gemm_force_level(-1)
+    found.whet_cpu_set_num_threads(1)
 
 
 @pytest.fixture(params=range(1, len(gemm.LEVELS)), ids=gemm.LEVELS[1:])
@@ -98,32 +87,36 @@ def test_only_the_activations_are_rounded(level: None, kind: str, num_threads: i
     cpu.set_num_threads(num_threads)
     for outputs, inputs in shapes(kind):
         weight, values = stored(kind, outputs, inputs)
-        packed = PackedWeights([weight], inputs)
+        packed = PackedWeight(weight, inputs)
         for rows in (1, 2, 3, 5, 8, 13):
             x = torch.randn(rows, inputs) * torch.rand(rows, inputs).exp()
             wanted = gemm.rounded(x, group_of(kind)) @ values.T
             scale = (x.double().abs() @ values.abs().T).max()
-            assert (gemm.linear(packed, x) - wanted).abs().max() / scale < 1e-6
+            assert (packed.linear(x, rounds=True) - wanted).abs().max() / scale < 1e-6
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_row_does_not_depend_on_the_others(level: None, kind: str) -> None:
     torch.manual_seed(0)
     outputs, inputs = shapes(kind)[-1]
-    packed = PackedWeights([stored(kind, outputs, inputs)[0]], inputs)
+    packed = PackedWeight(stored(kind, outputs, inputs)[0], inputs)
     x = torch.randn(21, inputs)
-    alone = torch.cat([gemm.linear(packed, row[None]) for row in x])
-    for rows in (*range(1, 10), 21):
-        assert torch.equal(gemm.linear(packed, x[:rows]), alone[:rows])
+    in_pairs = torch.cat([packed.linear(x[[row, 0]], rounds=True)[:1] for row in range(len(x))])
+    for rows in (*range(2, 10), 21):
+        assert torch.equal(packed.linear(x[:rows], rounds=True), in_pairs[:rows])
+    # A row alone is multiplied in another order: the same integers, whose sums are added up with other roundings.
+    for row, among_others in zip(x, in_pairs, strict=True):
+        alone = packed.linear(row[None], rounds=True)[0]
+        assert (alone - among_others).abs().max() <= 1e-5 * among_others.abs().max()
 
 
 def test_more_rows_than_are_packed_at_a_time() -> None:
     torch.manual_seed(0)
     for kind in ("int8", "int4"):
-        packed = PackedWeights([stored(kind, 40, 3072)[0]], 3072)
+        packed = PackedWeight(stored(kind, 40, 3072)[0], 3072)
         x = torch.randn(803, 3072)
-        parts = torch.cat([gemm.linear(packed, part) for part in x.split(7)])
-        assert torch.equal(gemm.linear(packed, x), parts)
+        parts = torch.cat([packed.linear(part, rounds=True) for part in x.split(7)])
+        assert torch.equal(packed.linear(x, rounds=True), parts)
 
 
 @pytest.mark.parametrize("group", [16, 32])
@@ -131,12 +124,12 @@ def test_rounding_is_that_of_the_reference_to_the_bit(level: None, group: int) -
     """Weights of the identity show the rounded activations."""
     torch.manual_seed(0)
     scales = torch.ones(96, 96 // group)
-    packed = PackedWeights([StoredWeight(torch.eye(96, dtype=torch.int8), scales)], 96)
+    packed = PackedWeight(StoredWeight(torch.eye(96, dtype=torch.int8), scales), 96)
     x = torch.randn(50, 96) * torch.logspace(-20, 20, 50)[:, None]
     x[7, :40], x[8], x[9], x[10, 3] = 0.0, -0.0, 1e-31, 3e38
     x[11] = torch.arange(96) + 0.5  # with 127.5 as the largest of a group: values halfway between two integers
     x[11, ::16] = 127.0
-    assert torch.equal(gemm.linear(packed, x), gemm.rounded(x, group).float())
+    assert torch.equal(packed.linear(x, rounds=True), gemm.rounded(x, group).float())
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -149,7 +142,7 @@ def test_the_largest_integers_neither_saturate_nor_wrap(level: None, bits: int) 
             halves = (q + 8).to(torch.uint8)
             data = q if bits == 8 else (halves[:, 0::2] | (halves[:, 1::2] << 4)).contiguous()
             x = torch.full((5, inputs), 127.0 * sign)  # scales of 1
-            result = gemm.linear(PackedWeights([StoredWeight(data, torch.ones(3, inputs // 32))], inputs), x)
+            result = PackedWeight(StoredWeight(data, torch.ones(3, inputs // 32)), inputs).linear(x, rounds=True)
             assert torch.equal(result.double(), x.double() @ q.double().T)
 
 
@@ -160,7 +153,7 @@ def test_rows_that_are_not_finite_are_nan_and_no_others(level: None) -> None:
         x = torch.randn(6, 64)
         x[1, 5], x[2, 40], x[3, 63] = torch.nan, torch.inf, -torch.inf
         x[4] = 0.0
-        result = gemm.linear(PackedWeights([weight], 64), x)
+        result = PackedWeight(weight, 64).linear(x, rounds=True)
         assert bool(result[1:4].isnan().all())
         assert torch.equal(result[4], torch.zeros(20))
         wanted = gemm.rounded(x) @ values.T
@@ -169,60 +162,35 @@ def test_rows_that_are_not_finite_are_nan_and_no_others(level: None) -> None:
 
 def test_products_are_rounded_only_where_that_is_allowed() -> None:
     x = torch.randn(4, 32)
-    assert not gemm.takes(x)
+    assert not gemm.takes_rounded(x)
     elsewhere: list[bool] = []
     with gemm.int8_activations(True):
-        assert gemm.takes(x)
-        assert gemm.takes(torch.randn(2, 3, 32))
-        assert gemm.takes(x[:1])
-        assert not gemm.takes(x.double())
-        assert not gemm.takes(torch.empty(0, 32))
-        assert not gemm.takes(x.clone().requires_grad_())
+        assert gemm.takes_rounded(x)
+        assert gemm.takes_rounded(torch.randn(2, 3, 32))
+        assert not gemm.takes_rounded(x.double())
+        assert not gemm.takes_rounded(torch.empty(0, 32))
+        assert not gemm.takes_rounded(x.clone().requires_grad_())
         with torch.no_grad():
-            assert gemm.takes(x.clone().requires_grad_())
+            assert gemm.takes_rounded(x.clone().requires_grad_())
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            assert not gemm.takes(x)
+            assert not gemm.takes_rounded(x)
         with gemm.int8_activations(False):
-            assert not gemm.takes(x)
-        assert gemm.takes(x)
-        thread = threading.Thread(target=lambda: elsewhere.append(gemm.takes(x)))
+            assert not gemm.takes_rounded(x)
+        assert gemm.takes_rounded(x)
+        thread = threading.Thread(target=lambda: elsewhere.append(gemm.takes_rounded(x)))
         thread.start()
         thread.join()
     assert elsewhere == [False]
-    assert not gemm.takes(x)
+    assert not gemm.takes_rounded(x)
 
 
 def test_a_generator_computes_within_the_block_and_its_caller_does_not() -> None:
     x = torch.randn(4, 32)
 
     def inside() -> Iterator[bool]:
-        yield gemm.takes(x)
-        yield gemm.takes(x)
+        yield gemm.takes_rounded(x)
+        yield gemm.takes_rounded(x)
 
     for allowed in (True, False):
-        seen = [(item, gemm.takes(x)) for item in gemm.with_int8_activations(allowed, inside())]
+        seen = [(item, gemm.takes_rounded(x)) for item in gemm.with_int8_activations(allowed, inside())]
         assert seen == [(allowed, False)] * 2
-
-
-@pytest.mark.parametrize("kind", ROWS_KINDS)
-def test_products_of_few_rows_by_floats_with_avx512(
-    kind: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The other kernels of this library, at the level that a CPU with AVX2 cannot show (test_cpu_kernels)."""
-    if cpu.level() == "avx512":
-        pytest.skip("tests/unit/test_cpu_kernels.py runs them on this CPU")
-    emulated: ctypes.PyDLL = request.getfixturevalue("emulated")
-    emulated.whet_cpu_linear.argtypes = cpu._library.whet_cpu_linear.argtypes  # type: ignore[union-attr]
-    emulated.whet_cpu_widen.argtypes = cpu._library.whet_cpu_widen.argtypes  # type: ignore[union-attr]
-    monkeypatch.setattr(cpu, "_library", emulated)
-    emulated.whet_cpu_force_level(2)
-    torch.manual_seed(0)
-    for outputs, inputs in ((1, 32), (37, 96), (50, 576)):
-        weight, values = stored(kind, outputs, inputs)
-        packed = PackedWeights([weight], inputs)
-        for rows in (1, 2, 3, 5, 8, 13):
-            x = torch.randn(rows, inputs)
-            scale = (x.double().abs() @ values.abs().T).max()
-            assert (packed.linear(x) - x.double() @ values.T).abs().max() / scale < 1e-6
-        if kind.startswith("int"):
-            assert torch.equal(packed.widen(0, outputs), values.float())

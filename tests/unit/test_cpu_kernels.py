@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -12,19 +11,11 @@ from torch import Tensor
 
 from engine.layers.linear import Linear
 from engine.ops import cpu
-from engine.ops.cpu import PackedWeights, StoredWeight
+from engine.ops.cpu import PackedWeight, StoredWeight, gemm
 
 pytestmark = pytest.mark.skipif(not cpu.available(), reason="the CPU kernels were not built or this CPU lacks AVX2")
 
 GROUP = 32
-
-
-@pytest.fixture(params=range(1, 1 + cpu.LEVELS.index(cpu.level())), ids=lambda level: cpu.LEVELS[level])
-def level(request: pytest.FixtureRequest) -> Iterator[None]:
-    assert cpu._library is not None
-    cpu._library.whet_cpu_force_level(request.param)
-    yield
-    cpu._library.whet_cpu_force_level(-1)
 
 
 def stored(kind: str, outputs: int, inputs: int) -> tuple[StoredWeight, Tensor]:
@@ -72,7 +63,7 @@ def test_products_are_those_of_the_stored_values(level: None, kind: str, num_thr
     for outputs, inputs in ((1, GROUP), (37, 3 * GROUP), (300, 576)):
         weight, values = stored(kind, outputs, inputs)
         assert weight.is_supported(inputs)
-        packed = PackedWeights([weight], inputs)
+        packed = PackedWeight(weight, inputs)
         for rows in (1, 2, 3, 5, 8, 13):
             x = torch.randn(rows, inputs)
             wanted = x.double() @ values.T
@@ -84,7 +75,7 @@ def test_products_are_those_of_the_stored_values(level: None, kind: str, num_thr
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_row_does_not_depend_on_the_others(level: None, kind: str) -> None:
     torch.manual_seed(0)
-    packed = PackedWeights([stored(kind, 50, 192)[0]], 192)
+    packed = PackedWeight(stored(kind, 50, 192)[0], 192)
     x = torch.randn(32, 192)
     alone = torch.cat([packed.linear(row[None]) for row in x])
     for rows in (*range(1, 12), 32):
@@ -95,9 +86,42 @@ def test_a_row_does_not_depend_on_the_others(level: None, kind: str) -> None:
 def test_rows_are_the_stored_values_to_one_rounding(level: None, kind: str) -> None:
     torch.manual_seed(0)
     weight, values = stored(kind, 41, 5 * GROUP)
-    packed = PackedWeights([weight], 5 * GROUP)
+    packed = PackedWeight(weight, 5 * GROUP)
     for start, end in ((0, 41), (7, 8), (40, 41)):
         assert torch.equal(packed.widen(start, end), values[start:end].float())
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind.startswith("int")])
+@pytest.mark.parametrize("num_threads", [1, 3])
+def test_integer_products_are_those_of_a_rounded_row(level: None, kind: str, num_threads: int) -> None:
+    """Whole blocks of groups and parts of them, vectors of two groups and a last half. Many rows: test_cpu_gemm."""
+    torch.manual_seed(0)
+    cpu.set_num_threads(num_threads)
+    for outputs, inputs in ((1, 32), (37, 96), (303, 576), (9, 65 * 32)):
+        weight, values = stored(kind, outputs, inputs)
+        packed = PackedWeight(weight, inputs)
+        x = torch.randn(1, inputs)
+        x[0, :16] = 0
+        scale = (x.double().abs() @ values.abs().T).max()
+        assert ((packed.linear(x, rounds=True) - gemm.rounded(x) @ values.T).abs().max() / scale) < 1e-6
+
+
+def test_extreme_integers_do_not_saturate(level: None) -> None:
+    x = torch.ones(1, 64)
+    x[0, 1::2] = -1
+    for q, scale in ((torch.full((3, 64), -128), 1.0), (torch.full((3, 64), 127), 1.0)):
+        weight = StoredWeight(q.to(torch.int8), torch.full((3, 2), scale))
+        for signs in (x, x.abs()):
+            wanted = signs.double() @ q.double().T
+            torch.testing.assert_close(PackedWeight(weight, 64).linear(signs, rounds=True).double(), wanted)
+
+
+def test_a_rounded_row_that_is_not_finite_gives_nan(level: None) -> None:
+    weight, _ = stored("int8", 5, 64)
+    for bad in (torch.nan, torch.inf, -torch.inf):
+        x = torch.randn(1, 64)
+        x[0, 40] = bad
+        assert bool(PackedWeight(weight, 64).linear(x, rounds=True).isnan().all())
 
 
 @pytest.mark.parametrize("inputs", [1, 15, 31, 100])
@@ -106,17 +130,19 @@ def test_floats_need_no_round_number_of_inputs(level: None, inputs: int) -> None
         weight, values = stored(kind, 5, inputs)
         x = torch.randn(3, inputs)
         torch.testing.assert_close(
-            PackedWeights([weight], inputs).linear(x).double(), x.double() @ values.T, rtol=1e-5, atol=1e-5
+            PackedWeight(weight, inputs).linear(x).double(), x.double() @ values.T, rtol=1e-5, atol=1e-5
         )
 
 
-def test_weights_of_one_call_lie_side_by_side(level: None) -> None:
+def test_rows_by_number_are_the_stored_values(level: None) -> None:
     torch.manual_seed(0)
-    parts = [stored(kind, outputs, 64) for kind, outputs in (("float32", 70), ("int8", 3), ("int4-offset-half", 129))]
-    x = torch.randn(2, 64)
-    wanted = torch.cat([x.double() @ values.T for _, values in parts], dim=1)
-    result = PackedWeights([weight for weight, _ in parts], 64).linear(x)
-    torch.testing.assert_close(result.double(), wanted, rtol=1e-5, atol=1e-4)
+    for kind in KINDS:
+        weight, values = stored(kind, 41, 96)
+        ids = torch.tensor([40, 0, 7, 7])
+        assert torch.equal(PackedWeight(weight, 96).gather(ids), values[ids].float())
+    for bad in (-1, 41):
+        with pytest.raises(IndexError):
+            PackedWeight(weight, 96).gather(torch.tensor([0, bad]))
 
 
 def test_nan_and_infinity_stay_where_they_belong(level: None) -> None:
@@ -124,7 +150,7 @@ def test_nan_and_infinity_stay_where_they_belong(level: None) -> None:
     weight[1, 5] = torch.inf
     x = torch.zeros(2, 48)
     x[1, 7] = torch.nan
-    result = PackedWeights([StoredWeight(weight)], 48).linear(x)
+    result = PackedWeight(StoredWeight(weight), 48).linear(x)
     wanted = F.linear(x, weight)
     assert torch.equal(result.isnan(), wanted.isnan())
     assert result[0, 0] == 0.0
@@ -147,15 +173,21 @@ def test_a_replaced_weight_is_packed_again_and_a_copy_packs_its_own() -> None:
 
 
 def test_kernels_stand_aside_for_gradients_autocast_and_many_rows() -> None:
-    assert cpu.takes(torch.randn(8, 4))
-    assert cpu.takes(torch.randn(2, 4, 4))
-    assert not cpu.takes(torch.randn(17, 4))
-    assert cpu.takes(torch.randn(17, 4), cpu.MAX_ROWS_OF_INTEGERS)
+    assert cpu.takes_rows(torch.randn(8, 4))
+    assert cpu.takes_rows(torch.randn(2, 4, 4))
+    assert not cpu.takes_rows(torch.randn(17, 4))
+    assert cpu.takes_rows(torch.randn(17, 4), cpu.MAX_ROWS_OF_INTEGERS)
+    assert not cpu.takes_rows(torch.empty(0, 4))
+    wants_gradient = torch.randn(1, 4, requires_grad=True)
+    assert cpu.takes(torch.randn(99, 4))
     assert not cpu.takes(torch.randn(1, 4).double())
-    assert not cpu.takes(torch.randn(1, 4, requires_grad=True))
-    assert not cpu.takes(torch.empty(0, 4))
+    assert not cpu.takes(wants_gradient)
+    assert not cpu.takes(torch.randn(1, 4), wants_gradient)
+    with torch.no_grad():
+        assert cpu.takes(wants_gradient)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert not cpu.takes(torch.randn(1, 4))
+        assert not cpu.takes_ids(torch.zeros(1, dtype=torch.int64))
 
 
 def test_threads_share_the_work_of_many_calls_without_losing_a_piece() -> None:
@@ -163,7 +195,7 @@ def test_threads_share_the_work_of_many_calls_without_losing_a_piece() -> None:
     torch.manual_seed(0)
     cpu.set_num_threads(4)
     weight, values = stored("float32", 512, 256)
-    packed, x = PackedWeights([weight], 256), torch.randn(1, 256)
+    packed, x = PackedWeight(weight, 256), torch.randn(1, 256)
     wanted = packed.linear(x)
     torch.testing.assert_close(wanted.double(), x.double() @ values.T, rtol=1e-4, atol=1e-4)
     for call in range(3000):

@@ -123,6 +123,11 @@ void multiply(const Level& level, const Weight& weight, int64_t inputs, const fl
 }
 
 }  // namespace
+
+void multiply(const Weight& weight, int64_t inputs, const float* x, int64_t rows, float* y) {
+  multiply(*level_at(forced_level < 0 ? best_level() : forced_level), weight, inputs, x, rows, y);
+}
+
 }  // namespace whet::gemm
 
 #define WHET_API __attribute__((visibility("default")))
@@ -137,17 +142,5 @@ WHET_API int whet_cpu_gemm_has_level(int level) { return whet::gemm::is_there(le
 
 // For tests: the kernels of a level that the CPU has. -1: the best one.
 WHET_API void whet_cpu_gemm_force_level(int level) { whet::gemm::forced_level = level; }
-
-// y [M, N] = x [M, K], rounded to int8, times a weight of integers transposed. Returns 1 where memory was lacking and y
-// was not written, else 0.
-WHET_API int whet_cpu_gemm(const whet::Weight* weight, int64_t inputs, const float* x, int64_t rows, float* y) {
-  using namespace whet::gemm;
-  try {
-    multiply(*level_at(forced_level < 0 ? best_level() : forced_level), *weight, inputs, x, rows, y);
-  } catch (const std::bad_alloc&) {
-    return 1;
-  }
-  return 0;
-}
 
 }

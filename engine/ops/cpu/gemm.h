@@ -72,6 +72,9 @@ inline int64_t tile_bytes(int64_t tile_rows, int64_t inputs, int64_t group, Form
   return aligned(tile_rows * inputs * value_bytes(format)) + 2 * aligned(tile_rows * (inputs / group) * 4);
 }
 
+// y [M, N] = x [M, K], rounded to int8, times a weight of integers transposed. Throws std::bad_alloc.
+void multiply(const Weight& weight, int64_t inputs, const float* x, int64_t rows, float* y);
+
 namespace avx2 { extern const Level kLevel; }
 namespace avxvnni { extern const Level kLevel; }
 namespace avx512 { extern const Level kLevel; }

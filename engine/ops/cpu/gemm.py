@@ -17,7 +17,6 @@ Shapes: M rows of x, K inputs, N outputs, g group size.
 
 from __future__ import annotations
 
-import ctypes
 import threading
 from collections.abc import Iterable, Iterator
 from types import TracebackType
@@ -26,8 +25,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from engine.ops import cpu
-from engine.ops.cpu import PackedWeights
+from engine.ops.cpu import library
+from engine.ops.cpu.library import takes
 
 T = TypeVar("T")
 
@@ -35,16 +34,6 @@ LEVELS = ("none", "avx2", "avx-vnni", "avx512", "avx512-vnni")
 
 LEAST_MAGNITUDE = 1e-30
 """A group of x without a larger magnitude counts as zeros: 127 / magnitude would not be safely finite."""
-
-
-def declare(library: ctypes.PyDLL) -> None:
-    """Types of the arguments of what is called here."""
-    pointer, integer = ctypes.c_void_p, ctypes.c_int64
-    library.whet_cpu_gemm.argtypes = [pointer, integer, pointer, integer, pointer]
-
-
-if cpu._library is not None:
-    declare(cpu._library)
 
 
 class _State(threading.local):
@@ -89,44 +78,16 @@ def with_int8_activations(allowed: bool, items: Iterable[T]) -> Iterator[T]:
 
 def level() -> str:
     """Instructions that the products use on this machine: one of LEVELS."""
-    return LEVELS[0] if cpu._library is None else LEVELS[cpu._library.whet_cpu_gemm_level()]
+    return LEVELS[0] if library._library is None else LEVELS[library._library.whet_cpu_gemm_level()]
 
 
-def takes(x: Tensor) -> bool:
-    """Whether ``linear`` may multiply x [..., K]: allowed here, float32 on the CPU, and no gradient wanted."""
-    return (
-        _state.allowed
-        and x.dtype == torch.float32
-        and x.numel() > 0
-        and x.device.type == "cpu"
-        and cpu._library is not None
-        and not (x.requires_grad and torch.is_grad_enabled())
-        and not torch.is_autocast_enabled("cpu")
-    )
-
-
-def linear(packed: PackedWeights, x: Tensor) -> Tensor:
-    """x [..., K] float32, rounded to int8, times one weight of integers transposed: [..., N] float32.
-
-    A row of x with a value that is not finite gives NaN in the whole row. Reference: ``rounded``, and a product in
-    float64.
-
-    Raises:
-        MemoryError: none is left for the packed rows of x.
-    """
-    x = x.detach().contiguous()
-    y = x.new_empty((*x.shape[:-1], *packed.outputs))
-    rows = x.numel() // packed.inputs
-    failed = cpu._library.whet_cpu_gemm(  # type: ignore[union-attr]
-        packed._pointer, packed.inputs, x.data_ptr(), rows, y.data_ptr()
-    )
-    if failed:
-        raise MemoryError(f"no memory to pack {rows} x {packed.inputs} activations")
-    return y
+def takes_rounded(x: Tensor) -> bool:
+    """Whether ``PackedWeight.linear`` may round x [..., K]: allowed here, and ``takes`` takes x."""
+    return _state.allowed and x.numel() > 0 and takes(x)
 
 
 def rounded(x: Tensor, group: int = 32) -> Tensor:
-    """What ``linear`` multiplies in place of x [..., K] float32, exactly: [..., K] float64."""
+    """What is multiplied in place of x [..., K] float32, exactly: [..., K] float64."""
     groups = x.reshape(*x.shape[:-1], -1, group)
     largest = groups.abs().amax(dim=-1, keepdim=True)  # NaN where there is one
     counts = largest >= LEAST_MAGNITUDE

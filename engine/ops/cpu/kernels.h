@@ -1,10 +1,10 @@
-// Products of a few rows of activations with weights as they are stored, for CPUs.
+// The operations of a decoded token, for CPUs.
 //
-// Shapes: M rows of x, K inputs, N outputs, S group size, G = K / S groups. All matrices are row-major.
+// Each is a struct of pointers and sizes, which Python fills (engine/ops/cpu/calls.py mirrors every one). A single one is
+// run as it comes; a program of them is run in one call, which is how a whole step costs Python next to nothing.
 //
-// A decoded token reads every weight once, so what counts is to read them at the memory's rate and to widen them on the
-// way. One thread takes some rows of W at a time and multiplies all rows of x by them while they are near; x is not cut
-// into blocks for the caches, which is why these kernels stop paying at some tens of rows.
+// Shapes: M rows, T tokens (one of each sequence where an operation reads a cache), H heads, D their width. Products: K
+// inputs, N outputs, S group size, G = K / S groups. All is row-major, strides are in elements, activations are float.
 #pragma once
 
 #include <cstdint>
@@ -32,21 +32,195 @@ struct Weight {
   int32_t reserved;
 };
 
-// y[m, n] = sum_k x[m, k] w[n, k] for n in [begin, end); y has row stride ldy.
-using RowsKernel = void (*)(const Weight& weight, int64_t inputs, int64_t begin, int64_t end, const float* x, int64_t ldx,
-                            int64_t rows, float* y, int64_t ldy);
+// y = x W^T. A decoded token reads every weight once, so what counts is to read them at the memory's rate and to widen
+// them on the way. One thread takes some rows of W at a time and multiplies all rows of x by them while they are near; x
+// is not cut into blocks for the caches, which is why this stops paying at some tens of rows.
+struct Linear {
+  const Weight* weight;
+  const float* x;  // [M, K]
+  float* y;        // [M, N]
+  int64_t inputs;  // K
+  int64_t rows;    // M
+  // x is rounded to int8 and multiplied by the weight's integers (gemm.h).
+  int32_t rounds;
+  int32_t reserved;
+};
 
-// w[n, k] as float for n in [begin, end), end to end.
-using WidenKernel = void (*)(const Weight& weight, int64_t inputs, int64_t begin, int64_t end, float* out);
+// A row of x in int8, each group of kRounded values with a scale.
+constexpr int64_t kRounded = 32;
+struct Rounded {
+  const int8_t* values;  // [K]
+  const float* scales;   // [K / kRounded], and some zeros, so that whole vectors may be read
+  const float* sums;     // as many: the sum of a group's values times its scale
+};
 
-namespace avx2 {
-void multiply_rows(const Weight&, int64_t, int64_t, int64_t, const float*, int64_t, int64_t, float*, int64_t);
-void widen_rows(const Weight&, int64_t, int64_t, int64_t, float*);
-}  // namespace avx2
-namespace avx512 {
-void multiply_rows(const Weight&, int64_t, int64_t, int64_t, const float*, int64_t, int64_t, float*, int64_t);
-void widen_rows(const Weight&, int64_t, int64_t, int64_t, float*);
-}  // namespace avx512
+// Rows [begin, end) of a weight of integers, as float, end to end.
+struct WidenRows {
+  const Weight* weight;
+  float* out;
+  int64_t inputs;
+  int64_t begin, end;
+};
+
+// Rows ids[m] of a weight, as float [M, K].
+struct Gather {
+  const Weight* weight;
+  const int64_t* ids;  // [M]
+  float* out;
+  int64_t inputs;
+  int64_t rows;
+};
+
+// x / sqrt(mean(x^2) + eps) * (weight + shift) [* silu(gate)], over rows of `width` in two levels: [outer, inner, width].
+struct RmsNorm {
+  const float* x;
+  const float* weight;  // [width]
+  const float* gate;    // like out, or null
+  float* out;           // [outer, inner, width]
+  int64_t outer, inner, width;
+  int64_t outer_stride, inner_stride;  // of x
+  float eps;
+  float shift;  // 0 or 1
+};
+
+// cos and sin of positions[t] * inv_freq[i] times factor, each twice: [T, 2 F].
+struct RopeTable {
+  const int64_t* positions;  // [T]
+  const float* inv_freq;     // [F]
+  float* cos;
+  float* sin;
+  int64_t tokens;
+  int64_t frequencies;  // F
+  float factor;
+  float reserved;
+};
+
+// Rotates the first `rotary` of D; dimension i pairs with i + rotary / 2.
+struct Rope {
+  const float* x;    // [T, H, D]
+  const float* cos;  // [T, rotary]
+  const float* sin;
+  float* out;  // [T, H, D]
+  int64_t tokens, heads, width, rotary;
+  int64_t token_stride, head_stride;  // of x
+};
+
+// One token of each of T sequences: its key and value enter the cache, and its queries attend to what the sequence has.
+// The tokens of a sequence are taken kSpan at a time, each span's softmax by itself, and spans are then joined in order:
+// so the result depends neither on threads nor on other sequences.
+struct Attention {
+  const float* q;          // [T, H_q, D]
+  const float* k;          // [T, H_kv, D]
+  const float* v;          // [T, H_kv, D]
+  float* keys;             // [blocks, P, H_kv, D]
+  float* values;           // [blocks, P, H_kv, D]
+  const int64_t* slots;    // [T], block * P + offset
+  const int32_t* tables;   // [T, table_stride], blocks in order
+  const int64_t* kv_lens;  // [T], the new token included
+  float* out;              // [T, H_q, D]
+  int64_t tokens, heads, kv_heads, width;
+  int64_t block_size;  // P
+  int64_t table_stride;
+  int64_t window;  // tokens a query sees, itself included; 0: all
+  float scale;
+  float reserved;
+};
+
+enum class Activation : int32_t { kSilu = 0, kGelu = 1, kGeluTanh = 2, kRelu = 3, kSigmoid = 4 };
+
+// activation(gate) * up, [outer, inner, width]; gate and up may have strides.
+struct GatedActivation {
+  const float* gate;
+  const float* up;
+  float* out;
+  int64_t outer, inner, width;
+  int64_t gate_outer, gate_inner, up_outer, up_inner;
+  Activation activation;
+  int32_t reserved;
+};
+
+// a + b of [M, width]; b may be one row for all (b_stride 0).
+struct Add {
+  const float* a;
+  const float* b;
+  float* out;
+  int64_t rows, width;
+  int64_t b_stride;
+};
+
+// One step of a causal convolution with SiLU: the window of slots[t], [W - 1, C], moves on by x[t].
+struct ConvStep {
+  const float* x;        // [T, C]
+  const float* weight;   // [C, W]
+  float* windows;        // [slots, W - 1, C]
+  const int64_t* slots;  // [T]
+  float* out;            // [T, C]
+  int64_t tokens, channels, taps;
+};
+
+// One step of the gated delta rule (engine/ops/delta_rule.py: gated_delta_step_slots) for row t of the state slots[t].
+struct DeltaStep {
+  const float* q;  // [T, H_k, K]
+  const float* k;  // [T, H_k, K]
+  const float* v;  // [T, H_v, V]
+  const float* a;  // [T, H_v]
+  const float* b;  // [T, H_v]
+  const float* a_log;    // [H_v]
+  const float* dt_bias;  // [H_v]
+  float* states;         // [slots, H_v, K, V]
+  const int64_t* slots;  // [T]
+  float* out;            // [T, H_v, V]
+  int64_t tokens, key_heads, value_heads, key_width, value_width;
+  int64_t q_stride, k_stride, v_stride;  // from token to token; heads are end to end
+  float eps;
+  float reserved;
+};
+
+enum class Kind : int64_t {
+  kLinear, kWidenRows, kGather, kRmsNorm, kRopeTable, kRope, kAttention, kGatedActivation, kAdd, kConvStep, kDeltaStep,
+};
+
+struct Op {
+  Kind kind;
+  const void* args;  // the struct of that kind
+};
+
+// What one instruction set computes of each. Pieces are cut in ops.cpp.
+struct Kernels {
+  // y[m, n] = sum_k x[m, k] w[n, k] for n in [begin, end).
+  void (*multiply_rows)(const Weight& weight, int64_t inputs, int64_t begin, int64_t end, const float* x, int64_t ldx,
+                        int64_t rows, float* y, int64_t ldy);
+  // See rounded.inl; `split` for kInt4.
+  void (*round_row)(const float* x, int64_t inputs, bool split, int8_t* values, float* scales, float* sums);
+  // y[n] = sum_k x[k] w[n, k] for n in [begin, end).
+  void (*multiply_rounded)(const Weight& weight, int64_t inputs, int64_t begin, int64_t end, const Rounded& x,
+                           float* y);
+  // w[n, k] as float for n in [begin, end), end to end; weights of any storage.
+  void (*widen_rows)(const Weight& weight, int64_t inputs, int64_t begin, int64_t end, float* out);
+  void (*norm_rows)(const RmsNorm& op, int64_t begin, int64_t end);          // outer * inner rows
+  void (*rotate)(const Rope& op, int64_t begin, int64_t end);                // tokens
+  void (*activate_rows)(const GatedActivation& op, int64_t begin, int64_t end);  // outer * inner rows
+  void (*add_rows)(const Add& op, int64_t begin, int64_t end);
+  // Tokens [begin, end) of one sequence's cache for the queries of one key head: peak and sum of the softmax of each
+  // query, and its weighted values [heads / kv_heads, D], not yet divided by the sum.
+  void (*attend)(const Attention& op, int64_t token, int64_t kv_head, int64_t begin, int64_t end, float* peaks,
+                 float* sums, float* weighted);
+  void (*convolve)(const ConvStep& op, int64_t token, int64_t begin, int64_t end);  // channels
+  void (*advance)(const DeltaStep& op, int64_t token, int64_t value_head);
+};
+
+namespace avx2 { extern const Kernels kernels; }
+namespace avx512 { extern const Kernels kernels; }
+namespace avx512vnni { extern const Kernels kernels; }
+
+enum class Status : int32_t {
+  kDone = 0,
+  kNoSuchRow = 1,  // a Gather is asked for a row that its weight lacks
+  kNoMemory = 2,
+};
+
+// Runs operations one after the other, up to one that fails. Linears that follow each other and share x run as one.
+Status run(const Op* ops, int64_t count, const Kernels& kernels);
 
 // Work shared by the calling thread and the pool's. `body(context, index)` runs once for each index in [0, count).
 using Body = void (*)(void* context, int64_t index);

@@ -1,7 +1,6 @@
-// The kernel of one instruction set. Included by rows_avx2.cpp and rows_avx512.cpp, which define the vector type:
-// `Vec`, kLanes, zero, load, load_bf16, load_int8, set1, add, sub, fma, store, sum; and `unpack_int4`, which widens 16 bytes to 32 values.
-
-namespace {
+// Products of rows, for one instruction set: included by avx2.cpp and avx512.cpp, in the namespace that has the vector
+// type: `Vec`, kLanes, kTileRows, zero, load, load_bf16, load_int8, set1, add, sub, fma, store, sum; and `unpack_int4`,
+// which widens 16 bytes to 32 values.
 
 // Widens the weights [at, at + kStep) of a row to float vectors. One specialisation per storage.
 template <Storage kStorage>
@@ -210,7 +209,13 @@ void multiply_integers(const Weight& weight, int64_t inputs, int64_t begin, int6
   }
 }
 
-}  // namespace
+template <Storage kStorage>
+void widen_floats(const Weight& weight, int64_t inputs, int64_t begin, int64_t end, float* out) {
+  for (int64_t n = begin; n < end; ++n, out += inputs) {
+    const Widen<kStorage> widen(weight, n, inputs);
+    for (int64_t k = 0; k < inputs; ++k) out[k] = widen.scalar(k);
+  }
+}
 
 void widen_rows(const Weight& weight, int64_t inputs, int64_t begin, int64_t end, float* out) {
   const bool zeros = weight.zeros != nullptr;
@@ -220,11 +225,13 @@ void widen_rows(const Weight& weight, int64_t inputs, int64_t begin, int64_t end
   if (weight.storage == Storage::kInt4)
     return zeros ? widen_all<Storage::kInt4, true>(weight, inputs, begin, end, out)
                  : widen_all<Storage::kInt4, false>(weight, inputs, begin, end, out);
+  if (weight.storage == Storage::kBfloat16) return widen_floats<Storage::kBfloat16>(weight, inputs, begin, end, out);
+  return widen_floats<Storage::kFloat32>(weight, inputs, begin, end, out);
 }
 
 void multiply_rows(const Weight& weight, int64_t inputs, int64_t begin, int64_t end, const float* x, int64_t ldx,
                    int64_t rows, float* y, int64_t ldy) {
-  RowsKernel kernel = nullptr;
+  decltype(Kernels::multiply_rows) kernel = nullptr;
   const bool zeros = weight.zeros != nullptr;
   switch (weight.storage) {
     case Storage::kFloat32: kernel = multiply_floats<Storage::kFloat32>; break;

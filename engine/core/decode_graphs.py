@@ -1,0 +1,128 @@
+"""Decode steps that are captured once and replayed: what a CUDA graph is to a GPU, for the kernels of CPUs.
+
+A step in which every sequence has one new token runs the same operations each time; only the numbers in a few index
+tensors differ. So the operations are recorded as they first run (engine.ops.cpu.capture), over tensors that stay, and
+later steps write the numbers and run the record in one call: Python's part no longer grows with the depth of the model.
+The recorded operations are those that the model called, so a replay computes what the model would. A step of which
+torch computed a part cannot be replayed, which the capture notices; then every step runs as it would without.
+
+Shapes: S sequences, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence as Seq
+
+import torch
+from torch import Tensor
+
+from engine.context import DecodeInputs, ForwardContext, PagedCache, RecurrentStates
+from engine.models.base import CausalLM
+from engine.ops import cpu
+
+logger = logging.getLogger(__name__)
+
+
+class DecodeGraphs:
+    """Captured decode steps of one model, one for each number of sequences.
+
+    Args:
+        max_model_len: tokens of the longest sequence, for the width of block tables.
+    """
+
+    def __init__(self, model: CausalLM, cache: PagedCache, states: RecurrentStates | None, max_model_len: int) -> None:
+        self._model = model
+        self._cache = cache
+        self._states = states
+        self._max_blocks = -(-max_model_len // cache.block_size)
+        self._arena = cpu.Arena()
+        self._graphs: dict[int, _Graph | None] = {}
+        self._refused = False
+
+    def logits(
+        self, tokens: Seq[int], computed: Seq[int], block_tables: Seq[Seq[int]], state_slots: Seq[int]
+    ) -> Tensor | None:
+        """Runs a step.
+
+        Args:
+            tokens: S ids, each the new token of a sequence.
+            computed: per sequence, its tokens in the cache, at least 1.
+            block_tables: per sequence, blocks that hold all its tokens, the new one included.
+            state_slots: per sequence; empty for models without recurrent layers.
+
+        Returns: [S, V] float32, valid until the next step; None if such steps cannot be captured.
+        """
+        count = len(tokens)
+        graph = self._graphs.get(count)
+        if graph is None:
+            if count in self._graphs:
+                return None
+            graph = _Graph(count, self._max_blocks, self._cache.block_size)
+            graph.write(tokens, computed, block_tables, state_slots)
+            foreign = graph.capture(self._model, self._arena, self._cache, self._states)
+            self._graphs[count] = graph if foreign is None else None
+            if foreign is not None and not self._refused:
+                self._refused = True
+                logger.info("steps of %d sequences are not captured: %s is not an operation of ours", count, foreign)
+            return graph.output
+        graph.write(tokens, computed, block_tables, state_slots)
+        graph.program.replay()
+        return graph.output
+
+
+class _Graph:
+    """The tensors that a step of S sequences reads, and the operations over them."""
+
+    def __init__(self, count: int, max_blocks: int, block_size: int) -> None:
+        def index(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
+            return torch.zeros(shape, dtype=dtype)
+
+        self.token_ids = index(count)
+        self._positions = index(count)
+        self._slots = index(count)
+        self._kv_lens = index(count)
+        self._state_slots = index(count)
+        self._tables = index(count, max_blocks, dtype=torch.int32)
+        # numpy writes a list into memory in a fraction of what an operation of torch costs.
+        self._arrays = [t.numpy() for t in (self.token_ids, self._positions, self._slots, self._kv_lens)]
+        self._table_array = self._tables.numpy()
+        self._state_array = self._state_slots.numpy()
+        self._block_size = block_size
+        self.program = cpu.Program()
+        self.output = torch.empty(0)
+
+    def write(self, tokens: Seq[int], computed: Seq[int], block_tables: Seq[Seq[int]], state_slots: Seq[int]) -> None:
+        """Puts the numbers of a step into the tensors."""
+        size = self._block_size
+        ids, positions, slots, kv_lens = self._arrays
+        ids[:] = tokens
+        positions[:] = computed
+        for row, (position, table) in enumerate(zip(computed, block_tables, strict=True)):
+            slots[row] = table[position // size] * size + position % size
+            kv_lens[row] = position + 1
+            self._table_array[row, : len(table)] = table
+        if state_slots:
+            self._state_array[:] = state_slots
+
+    def capture(
+        self, model: CausalLM, arena: cpu.Arena, cache: PagedCache, states: RecurrentStates | None
+    ) -> str | None:
+        """Runs the step that was written and records it. Returns the operation that prevents a replay, or None."""
+        count = len(self.token_ids)
+        ctx = ForwardContext(
+            positions=self._positions,
+            cu_seqlens=torch.arange(count + 1, dtype=torch.int32),
+            seq_starts=range(count + 1),
+            kv_lens=self._kv_lens.tolist(),
+            cache=cache,
+            block_tables=self._tables,
+            slot_mapping=self._slots,
+            decode=DecodeInputs(torch.arange(count), self._kv_lens, None if states is None else self._state_slots),
+            states=states,
+            state_slots=self._state_slots.tolist() if states is not None else (),
+            scratch={},
+        )
+        with cpu.capture(arena) as self.program:
+            self.output = model.compute_logits(model(self.token_ids, ctx))
+        return self.program.foreign

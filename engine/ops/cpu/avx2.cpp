@@ -1,0 +1,109 @@
+// AVX2 and FMA: every x86-64 server since 2013.
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <vector>
+
+#include "kernels.h"
+
+// After the headers: what they define may be shared with files for older processors.
+#pragma GCC target("avx2,fma,f16c")
+
+namespace whet::avx2 {
+namespace {
+
+using Vec = __m256;
+constexpr int kLanes = 8;
+constexpr int kTileRows = 4;  // with two rows of W, eight of the sixteen registers hold sums
+
+inline Vec zero() { return _mm256_setzero_ps(); }
+inline Vec set1(float value) { return _mm256_set1_ps(value); }
+inline Vec load(const float* from) { return _mm256_loadu_ps(from); }
+inline Vec sub(Vec a, Vec b) { return _mm256_sub_ps(a, b); }
+inline Vec add(Vec a, Vec b) { return _mm256_add_ps(a, b); }
+inline void store(float* to, Vec v) { _mm256_storeu_ps(to, v); }
+inline Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
+inline Vec mul(Vec a, Vec b) { return _mm256_mul_ps(a, b); }
+inline Vec div(Vec a, Vec b) { return _mm256_div_ps(a, b); }
+inline Vec round(Vec v) { return _mm256_round_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+// The second where either is NaN.
+inline Vec min(Vec a, Vec b) { return _mm256_min_ps(a, b); }
+inline Vec max(Vec a, Vec b) { return _mm256_max_ps(a, b); }
+// v * 2^n for integers n in [-126, 127].
+inline Vec times_power_of_two(Vec v, Vec n) {
+  const __m256i exponent = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23);
+  return _mm256_mul_ps(v, _mm256_castsi256_ps(exponent));
+}
+inline Vec load_bf16(const uint16_t* from) {
+  const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
+}
+inline Vec load_int8(const int8_t* from) {
+  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))));
+}
+inline Vec widen_int8(__m128i bytes) { return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes)); }
+inline void unpack_int4(const uint8_t* from, char shift, Vec* out) {
+  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+  const __m128i mask = _mm_set1_epi8(15), added = _mm_set1_epi8(shift);
+  const __m128i low = _mm_sub_epi8(_mm_and_si128(bytes, mask), added);
+  const __m128i high = _mm_sub_epi8(_mm_and_si128(_mm_srli_epi16(bytes, 4), mask), added);
+  const __m128i first = _mm_unpacklo_epi8(low, high), second = _mm_unpackhi_epi8(low, high);
+  out[0] = widen_int8(first);
+  out[1] = widen_int8(_mm_srli_si128(first, 8));
+  out[2] = widen_int8(second);
+  out[3] = widen_int8(_mm_srli_si128(second, 8));
+}
+inline float sum(Vec v) {
+  __m128 half = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+  half = _mm_add_ps(half, _mm_movehl_ps(half, half));
+  return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
+}
+
+// The sums of four vectors.
+inline void sum_of_four(const Vec* of, float* out) {
+  const __m256 pairs = _mm256_hadd_ps(_mm256_hadd_ps(of[0], of[1]), _mm256_hadd_ps(of[2], of[3]));
+  _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(pairs), _mm256_extractf128_ps(pairs, 1)));
+}
+
+// Bytes of int8 products: kBytes at a time.
+using Bytes = __m256i;
+constexpr int kBytes = 32;
+inline Bytes load_bytes(const char* from) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)); }
+// 16 bytes to the 32 values of their halves, the lower ones first.
+inline Bytes unpack_nibbles(const char* from) {
+  const __m256i both = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+  return _mm256_and_si256(_mm256_srlv_epi32(both, _mm256_setr_epi32(0, 0, 0, 0, 4, 4, 4, 4)), _mm256_set1_epi8(15));
+}
+// A vector holds one group, so there are no halves.
+inline Bytes load_half_bytes(const char* from) { return load_bytes(from); }
+inline Bytes unpack_half_nibbles(const char* from) { return unpack_nibbles(from); }
+// Sums of four products each: unsigned w up to 15, x in [-127, 127].
+inline Vec dot_unsigned(Bytes w, Bytes x) {
+  return _mm256_cvtepi32_ps(_mm256_madd_epi16(_mm256_maddubs_epi16(w, x), _mm256_set1_epi16(1)));
+}
+// Signed w: 2 * 128 * 127 fits in 16 bits.
+inline Vec dot_signed(Bytes w, Bytes x) {
+  return _mm256_cvtepi32_ps(
+      _mm256_madd_epi16(_mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w)), _mm256_set1_epi16(1)));
+}
+inline Vec group_factors(const float* from) { return _mm256_broadcast_ss(from); }
+inline Vec load_half(const uint16_t* from) {
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+}
+
+#include "vector_math.inl"
+#include "rows.inl"
+#include "rounded.inl"
+#include "elementwise.inl"
+#include "attention.inl"
+#include "recurrent.inl"
+
+}  // namespace
+
+const Kernels kernels{multiply_rows, round_row, multiply_rounded, widen_rows, norm_rows, rotate, activate_rows, add_rows, attend, convolve, advance};
+
+}  // namespace whet::avx2
+#endif

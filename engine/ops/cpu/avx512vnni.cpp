@@ -1,0 +1,40 @@
+// AVX-512 (F, BW, VL, DQ) and VNNI.
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <vector>
+
+#include "kernels.h"
+
+// After the headers: what they define may be shared with files for older processors.
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")
+
+namespace whet::avx512vnni {
+namespace {
+
+#include "vectors_512.inl"
+
+// Sums of four products each: unsigned w, signed x.
+inline Vec dot_unsigned(Bytes w, Bytes x) {
+  return _mm512_cvtepi32_ps(_mm512_dpbusd_epi32(_mm512_setzero_si512(), w, x));
+}
+inline Vec dot_signed(Bytes w, Bytes x) {
+  return dot_unsigned(_mm512_abs_epi8(w), _mm512_mask_sub_epi8(x, _mm512_movepi8_mask(w), _mm512_setzero_si512(), x));
+}
+
+#include "vector_math.inl"
+#include "rows.inl"
+#include "rounded.inl"
+#include "elementwise.inl"
+#include "attention.inl"
+#include "recurrent.inl"
+
+}  // namespace
+
+const Kernels kernels{multiply_rows, round_row, multiply_rounded, widen_rows, norm_rows, rotate, activate_rows, add_rows, attend, convolve, advance};
+
+}  // namespace whet::avx512vnni
+#endif

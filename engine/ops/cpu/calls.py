@@ -1,0 +1,248 @@
+"""The operations of a decoded token other than products, over tensors that ``takes`` took.
+
+Each gives what the torch form beside its caller gives (tests/unit/test_cpu_ops.py).
+
+Shapes: T tokens, H heads, D head width, as in kernels.h.
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+from torch import Tensor
+
+from engine.ops.cpu.library import KINDS, call, check_struct, empty
+
+_POINTER, _INTEGER, _FLOAT, _INT32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int32
+
+
+def _struct(kind: str, **fields: type) -> tuple[int, type[ctypes.Structure]]:
+    """The index of a kind, and the mirror of its struct."""
+    made = type(kind, (ctypes.Structure,), {"_fields_": tuple(fields.items())})
+    return KINDS.index(kind), check_struct(kind, made)
+
+
+def _fields(kinds: type, names: str) -> dict[str, type]:
+    return dict.fromkeys(names.split(), kinds)
+
+
+_RMS_NORM, _RmsNorm = _struct(
+    "rms_norm",
+    **_fields(_POINTER, "x weight gate out"),
+    **_fields(_INTEGER, "outer inner width outer_stride inner_stride"),
+    **_fields(_FLOAT, "eps shift"),
+)
+_ROPE_TABLE, _RopeTable = _struct(
+    "rope_table",
+    **_fields(_POINTER, "positions inv_freq cos sin"),
+    **_fields(_INTEGER, "tokens frequencies"),
+    **_fields(_FLOAT, "factor reserved"),
+)
+_ROPE, _Rope = _struct(
+    "rope",
+    **_fields(_POINTER, "x cos sin out"),
+    **_fields(_INTEGER, "tokens heads width rotary token_stride head_stride"),
+)
+_ATTENTION, _Attention = _struct(
+    "attention",
+    **_fields(_POINTER, "q k v keys values slots tables kv_lens out"),
+    **_fields(_INTEGER, "tokens heads kv_heads width block_size table_stride window"),
+    **_fields(_FLOAT, "scale reserved"),
+)
+_GATED_ACTIVATION, _GatedActivation = _struct(
+    "gated_activation",
+    **_fields(_POINTER, "gate up out"),
+    **_fields(_INTEGER, "outer inner width gate_outer gate_inner up_outer up_inner"),
+    **_fields(_INT32, "activation reserved"),
+)
+_ADD, _Add = _struct("add", **_fields(_POINTER, "a b out"), **_fields(_INTEGER, "rows width b_stride"))
+_CONV_STEP, _ConvStep = _struct(
+    "conv_step", **_fields(_POINTER, "x weight windows slots out"), **_fields(_INTEGER, "tokens channels taps")
+)
+_DELTA_STEP, _DeltaStep = _struct(
+    "delta_step",
+    **_fields(_POINTER, "q k v a b a_log dt_bias states slots out"),
+    **_fields(_INTEGER, "tokens key_heads value_heads key_width value_width q_stride k_stride v_stride"),
+    **_fields(_FLOAT, "eps reserved"),
+)
+
+ACTIVATIONS = {"silu": 0, "swish": 0, "gelu": 1, "gelu_new": 2, "gelu_pytorch_tanh": 2, "relu": 3, "sigmoid": 4}
+"""``Activation`` of kernels.h by Hugging Face ``hidden_act``."""
+
+
+def _levels(x: Tensor) -> tuple[Tensor, tuple[int, int, int], tuple[int, int]]:
+    """x [..., width] as [outer, inner, width] with the strides of the first two; copied where it has none such."""
+    if x.stride(-1) != 1:
+        x = x.contiguous()
+    if x.dim() == 3:
+        return x, (x.shape[0], x.shape[1], x.shape[2]), (x.stride(0), x.stride(1))
+    if x.dim() != 2:
+        x = x.reshape(-1, x.shape[-1])
+    return x, (x.shape[0], 1, x.shape[1]), (x.stride(0), 0)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, *, shifted: bool, gate: Tensor | None = None) -> Tensor:
+    """See engine.ops.norm: rms_norm, and gated_rms_norm with ``gate`` in the shape of x."""
+    out = empty(x.shape)
+    x, sizes, strides = _levels(x)
+    gate = None if gate is None else gate.contiguous()
+    pointer = None if gate is None else gate.data_ptr()
+    args = _RmsNorm(
+        x.data_ptr(), weight.data_ptr(), pointer, out.data_ptr(), *sizes, *strides, eps, 1.0 if shifted else 0.0
+    )
+    call(_RMS_NORM, args, (x, weight, gate, out))
+    return out
+
+
+def rope_table(positions: Tensor, inv_freq: Tensor, factor: float) -> tuple[Tensor, Tensor]:
+    """cos and sin [T, 2 F] of positions [T] int64 and inv_freq [F]; see engine.layers.rope."""
+    cos, sin = empty((2, len(positions), 2 * len(inv_freq))).unbind()
+    args = _RopeTable(
+        positions.data_ptr(),
+        inv_freq.data_ptr(),
+        cos.data_ptr(),
+        sin.data_ptr(),
+        len(positions),
+        len(inv_freq),
+        factor,
+        0.0,
+    )
+    call(_ROPE_TABLE, args, (positions, inv_freq, cos, sin))
+    return cos, sin
+
+
+def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x [T, H, D] rotated by cos and sin [T, R]; see engine.layers.rope.apply_rope."""
+    out = empty(x.shape)
+    x, (tokens, heads, width), strides = _levels(x)
+    args = _Rope(
+        x.data_ptr(), cos.data_ptr(), sin.data_ptr(), out.data_ptr(), tokens, heads, width, cos.shape[1], *strides
+    )
+    call(_ROPE, args, (x, cos, sin, out))
+    return out
+
+
+def decode_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    slots: Tensor,
+    tables: Tensor,
+    kv_lens: Tensor,
+    scale: float,
+    window: int | None,
+) -> Tensor:
+    """One token of each of T sequences: its key and value enter the cache, its queries attend to all of the sequence.
+
+    Args:
+        q: [T, H_q, D]. k, v: [T, H_kv, D].
+        keys, values: [blocks, P, H_kv, D], contiguous.
+        slots: [T] int64. tables: [T, max blocks] int32. kv_lens: [T] int64, the new token included.
+    Returns: [T, H_q, D].
+    """
+    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+    out = empty(q.shape)
+    args = _Attention(
+        q.data_ptr(),
+        k.data_ptr(),
+        v.data_ptr(),
+        keys.data_ptr(),
+        values.data_ptr(),
+        slots.data_ptr(),
+        tables.data_ptr(),
+        kv_lens.data_ptr(),
+        out.data_ptr(),
+        q.shape[0],
+        q.shape[1],
+        k.shape[1],
+        q.shape[2],
+        keys.shape[1],
+        tables.stride(0),
+        0 if window is None else window,
+        scale,
+        0.0,
+    )
+    call(_ATTENTION, args, (q, k, v, keys, values, slots, tables, kv_lens, out))
+    return out
+
+
+def gated_activation(gate: Tensor, up: Tensor, activation: str) -> Tensor:
+    """activation(gate) * up, both of one shape [..., D]; ``activation`` is one of ACTIVATIONS."""
+    out = empty(up.shape)
+    gate, sizes, gate_strides = _levels(gate)
+    up, _, up_strides = _levels(up)
+    args = _GatedActivation(
+        gate.data_ptr(),
+        up.data_ptr(),
+        out.data_ptr(),
+        *sizes,
+        *gate_strides,
+        *up_strides,
+        ACTIVATIONS[activation],
+        0,
+    )
+    call(_GATED_ACTIVATION, args, (gate, up, out))
+    return out
+
+
+def add(a: Tensor, b: Tensor) -> Tensor:
+    """a [..., D] + b, of the same shape or one row [D]."""
+    out = empty(a.shape)
+    a, b = a.contiguous(), b.contiguous()
+    width = a.shape[-1]
+    stride = width if b.dim() == a.dim() else 0
+    args = _Add(a.data_ptr(), b.data_ptr(), out.data_ptr(), a.numel() // width, width, stride)
+    call(_ADD, args, (a, b, out))
+    return out
+
+
+def conv_step(x: Tensor, weight: Tensor, windows: Tensor, slots: Tensor) -> Tensor:
+    """See engine.ops.causal_conv.causal_conv_step_slots; slots are int64."""
+    x, weight = x.contiguous(), weight.contiguous()
+    out = empty(x.shape)
+    args = _ConvStep(
+        x.data_ptr(),
+        weight.data_ptr(),
+        windows.data_ptr(),
+        slots.data_ptr(),
+        out.data_ptr(),
+        x.shape[0],
+        x.shape[1],
+        weight.shape[1],
+    )
+    call(_CONV_STEP, args, (x, weight, windows, slots, out))
+    return out
+
+
+def delta_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor,
+    b: Tensor,
+    a_log: Tensor,
+    dt_bias: Tensor,
+    matrices: Tensor,
+    slots: Tensor,
+    eps: float,
+    out: Tensor,
+) -> None:
+    """See engine.ops.delta_rule.gated_delta_step_slots, for rows 0 .. T - 1; out [T, H_v, V] is contiguous."""
+    q, k, v = (x if x[0].is_contiguous() else x.contiguous() for x in (q, k, v))
+    a, b = a.contiguous(), b.contiguous()
+    args = _DeltaStep(
+        *(t.data_ptr() for t in (q, k, v, a, b, a_log, dt_bias, matrices, slots, out)),
+        v.shape[0],
+        k.shape[1],
+        v.shape[1],
+        k.shape[2],
+        v.shape[2],
+        q.stride(0),
+        k.stride(0),
+        v.stride(0),
+        eps,
+        0.0,
+    )
+    call(_DELTA_STEP, args, (q, k, v, a, b, a_log, dt_bias, matrices, slots, out))

@@ -1,0 +1,251 @@
+// How operations are cut into pieces for the threads.
+#include <algorithm>
+#include <cmath>
+#include <new>
+#include <vector>
+
+#include "gemm.h"
+#include "kernels.h"
+
+namespace whet {
+namespace {
+
+// Bytes of W that one piece of a product covers: some microseconds.
+constexpr int64_t kPieceBytes = 1 << 16;
+// Numbers that one piece of a cheap operation covers; less is not worth a second thread.
+constexpr int64_t kPieceNumbers = 1 << 14;
+// Tokens of a sequence whose softmax is taken together.
+constexpr int64_t kSpan = 256;
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Runs body(index) for each index in [0, count) on the pool.
+template <typename F>
+void in_parallel(int64_t count, F body) {
+  if (count == 1) return body(0);
+  parallel_for([](void* context, int64_t index) { (*static_cast<F*>(context))(index); }, &body, count);
+}
+
+// Runs body(begin, end) over [0, rows), in pieces that cost about kPieceNumbers.
+template <typename F>
+void over_rows(int64_t rows, int64_t numbers_per_row, F body) {
+  const int64_t step = std::max<int64_t>(1, kPieceNumbers / std::max<int64_t>(1, numbers_per_row));
+  in_parallel(ceil_div(rows, step), [&](int64_t index) {
+    body(index * step, std::min(rows, (index + 1) * step));
+  });
+}
+
+int64_t row_bytes(const Weight& weight, int64_t inputs) {
+  switch (weight.storage) {
+    case Storage::kFloat32: return 4 * inputs;
+    case Storage::kBfloat16: return 2 * inputs;
+    case Storage::kInt8: return inputs + 4 * (inputs / weight.group_size);
+    case Storage::kInt4: return inputs / 2 + 4 * (inputs / weight.group_size);
+  }
+  return inputs;
+}
+
+// The row of x in int8, in memory of the calling thread that the next call takes again.
+Rounded round_row(const Linear& op, bool split, const Kernels& kernels) {
+  thread_local std::vector<int8_t> values[2];
+  thread_local std::vector<float> numbers[2];
+  const int64_t count = ceil_div(op.inputs / kRounded, 64) * 64;
+  values[split].resize(op.inputs);
+  numbers[split].assign(2 * count, 0.0f);
+  float *const scales = numbers[split].data(), *const sums = scales + count;
+  kernels.round_row(op.x, op.inputs, split, values[split].data(), scales, sums);
+  return {values[split].data(), scales, sums};
+}
+
+// The pieces of all products are numbered through, so that small weights of one input fill the threads together.
+void run(const Op* ops, int64_t count, const Kernels& kernels, const Linear& first) {
+  int64_t bytes = 1, pieces = 0;
+  const auto linear = [&](int64_t i) -> const Linear& { return *static_cast<const Linear*>(ops[i].args); };
+  for (int64_t i = 0; i < count; ++i) bytes = std::max(bytes, row_bytes(*linear(i).weight, first.inputs));
+  const int64_t step = std::max<int64_t>(1, kPieceBytes / bytes);
+  Rounded rounded[2];
+  for (const bool split : {false, true}) {
+    const auto wants = [&](int64_t i) {
+      return linear(i).rounds != 0 && (linear(i).weight->storage == Storage::kInt4) == split;
+    };
+    for (int64_t i = 0; i < count; ++i) {
+      if (!wants(i)) continue;
+      rounded[split] = round_row(first, split, kernels);
+      break;
+    }
+  }
+  for (int64_t i = 0; i < count; ++i) pieces += ceil_div(linear(i).weight->rows, step);
+  in_parallel(pieces, [&](int64_t index) {
+    int64_t i = 0;
+    for (int64_t of_this; index >= (of_this = ceil_div(linear(i).weight->rows, step)); ++i) index -= of_this;
+    const Linear& op = linear(i);
+    const int64_t outputs = op.weight->rows, begin = index * step, end = std::min(begin + step, outputs);
+    if (op.rounds != 0) {
+      const Rounded& x = rounded[op.weight->storage == Storage::kInt4];
+      kernels.multiply_rounded(*op.weight, op.inputs, begin, end, x, op.y);
+      return;
+    }
+    kernels.multiply_rows(*op.weight, op.inputs, begin, end, op.x, op.inputs, op.rows, op.y, outputs);
+  });
+}
+
+void run(const WidenRows& op, const Kernels& kernels) {
+  over_rows(op.end - op.begin, op.inputs, [&](int64_t begin, int64_t end) {
+    kernels.widen_rows(*op.weight, op.inputs, op.begin + begin, op.begin + end, op.out + begin * op.inputs);
+  });
+}
+
+// False where an id is no row.
+bool run(const Gather& op, const Kernels& kernels) {
+  if (std::any_of(op.ids, op.ids + op.rows, [&](int64_t id) { return id < 0 || id >= op.weight->rows; })) return false;
+  over_rows(op.rows, op.inputs, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row)
+      kernels.widen_rows(*op.weight, op.inputs, op.ids[row], op.ids[row] + 1, op.out + row * op.inputs);
+  });
+  return true;
+}
+
+void run(const RmsNorm& op, const Kernels& kernels) {
+  over_rows(op.outer * op.inner, op.width, [&](int64_t begin, int64_t end) { kernels.norm_rows(op, begin, end); });
+}
+
+void run(const RopeTable& op) {
+  for (int64_t token = 0; token < op.tokens; ++token) {
+    const float position = static_cast<float>(op.positions[token]);
+    float *cos = op.cos + token * 2 * op.frequencies, *sin = op.sin + token * 2 * op.frequencies;
+    for (int64_t i = 0; i < op.frequencies; ++i) {
+      const float angle = position * op.inv_freq[i];
+      cos[i] = cos[i + op.frequencies] = std::cos(angle) * op.factor;
+      sin[i] = sin[i + op.frequencies] = std::sin(angle) * op.factor;
+    }
+  }
+}
+
+void run(const Rope& op, const Kernels& kernels) {
+  over_rows(op.tokens, op.heads * op.width, [&](int64_t begin, int64_t end) { kernels.rotate(op, begin, end); });
+}
+
+// One span of a sequence, for the queries of one key head.
+struct Span {
+  int64_t token, kv_head, begin, end;
+};
+
+void run(const Attention& op, const Kernels& kernels) {
+  const int64_t row = op.kv_heads * op.width, queries = op.heads / op.kv_heads, group = queries * op.width;
+  for (int64_t token = 0; token < op.tokens; ++token) {
+    std::copy_n(op.k + token * row, row, op.keys + op.slots[token] * row);
+    std::copy_n(op.v + token * row, row, op.values + op.slots[token] * row);
+  }
+  thread_local std::vector<Span> spans;
+  thread_local std::vector<float> buffer;
+  spans.clear();
+  for (int64_t token = 0; token < op.tokens; ++token) {
+    const int64_t end = op.kv_lens[token], begin = op.window > 0 ? std::max<int64_t>(0, end - op.window) : 0;
+    for (int64_t head = 0; head < op.kv_heads; ++head)
+      for (int64_t at = begin; at < end; at = std::min(end, at / kSpan * kSpan + kSpan))
+        spans.push_back({token, head, at, std::min(end, at / kSpan * kSpan + kSpan)});
+  }
+  const auto count = static_cast<int64_t>(spans.size());
+  buffer.resize(count * (2 * queries + group));
+  // References: a lambda of the pool's threads would find thread_local vectors of its own.
+  const Span* all = spans.data();
+  float *peaks = buffer.data(), *sums = peaks + count * queries, *weighted = sums + count * queries;
+  in_parallel(count, [&](int64_t i) {
+    kernels.attend(op, all[i].token, all[i].kv_head, all[i].begin, all[i].end, peaks + i * queries, sums + i * queries,
+                   weighted + i * group);
+  });
+  for (int64_t first = 0, last; first < count; first = last) {
+    last = first + 1;
+    while (last < count && all[last].token == all[first].token && all[last].kv_head == all[first].kv_head) ++last;
+    float* out = op.out + (all[first].token * op.heads + all[first].kv_head * queries) * op.width;
+    for (int64_t g = 0; g < queries; ++g, out += op.width) {
+      float peak = peaks[first * queries + g], total = 0.0f;
+      for (int64_t i = first + 1; i < last; ++i) peak = std::max(peak, peaks[i * queries + g]);
+      std::fill(out, out + op.width, 0.0f);
+      for (int64_t i = first; i < last; ++i) {
+        const float factor = std::exp(peaks[i * queries + g] - peak);
+        total += factor * sums[i * queries + g];
+        const float* part = weighted + i * group + g * op.width;
+        for (int64_t d = 0; d < op.width; ++d) out[d] += factor * part[d];
+      }
+      for (int64_t d = 0; d < op.width; ++d) out[d] /= total;
+    }
+  }
+}
+
+void run(const GatedActivation& op, const Kernels& kernels) {
+  // An exponential costs as much as some sums.
+  over_rows(op.outer * op.inner, 4 * op.width, [&](int64_t begin, int64_t end) { kernels.activate_rows(op, begin, end); });
+}
+
+void run(const Add& op, const Kernels& kernels) {
+  over_rows(op.rows, op.width, [&](int64_t begin, int64_t end) { kernels.add_rows(op, begin, end); });
+}
+
+void run(const ConvStep& op, const Kernels& kernels) {
+  constexpr int64_t kChannels = 1024;
+  const int64_t parts = ceil_div(op.channels, kChannels);
+  in_parallel(op.tokens * parts, [&](int64_t index) {
+    const int64_t begin = index % parts * kChannels;
+    kernels.convolve(op, index / parts, begin, std::min(op.channels, begin + kChannels));
+  });
+}
+
+void run(const DeltaStep& op, const Kernels& kernels) {
+  in_parallel(op.tokens * op.value_heads,
+              [&](int64_t index) { kernels.advance(op, index / op.value_heads, index % op.value_heads); });
+}
+
+// Whether a product of integers is one of gemm.h, which packs its x: all but those of one row, and those whose groups
+// are smaller than what rounded.inl knows.
+bool is_packed(const Linear& op) {
+  return op.rounds != 0 && (op.rows > 1 || op.weight->group_size % kRounded != 0);
+}
+
+// How many operations from ops[0] on are products of one and the same x, none of them packed.
+int64_t products_of_one_input(const Op* ops, int64_t count) {
+  const auto& first = *static_cast<const Linear*>(ops[0].args);
+  int64_t same = 1;
+  for (; same < count && ops[same].kind == Kind::kLinear; ++same) {
+    const auto& next = *static_cast<const Linear*>(ops[same].args);
+    if (next.x != first.x || next.inputs != first.inputs || next.rows != first.rows || is_packed(next)) break;
+  }
+  return same;
+}
+
+}  // namespace
+
+Status run(const Op* ops, int64_t count, const Kernels& kernels) try {
+  for (int64_t i = 0; i < count; ++i) {
+    const void* args = ops[i].args;
+    switch (ops[i].kind) {
+      case Kind::kLinear: {
+        if (const auto& op = *static_cast<const Linear*>(args); is_packed(op)) {
+          gemm::multiply(*op.weight, op.inputs, op.x, op.rows, op.y);
+          break;
+        }
+        const int64_t same = products_of_one_input(ops + i, count - i);
+        run(ops + i, same, kernels, *static_cast<const Linear*>(args));
+        i += same - 1;
+        break;
+      }
+      case Kind::kWidenRows: run(*static_cast<const WidenRows*>(args), kernels); break;
+      case Kind::kGather:
+        if (!run(*static_cast<const Gather*>(args), kernels)) return Status::kNoSuchRow;
+        break;
+      case Kind::kRmsNorm: run(*static_cast<const RmsNorm*>(args), kernels); break;
+      case Kind::kRopeTable: run(*static_cast<const RopeTable*>(args)); break;
+      case Kind::kRope: run(*static_cast<const Rope*>(args), kernels); break;
+      case Kind::kAttention: run(*static_cast<const Attention*>(args), kernels); break;
+      case Kind::kGatedActivation: run(*static_cast<const GatedActivation*>(args), kernels); break;
+      case Kind::kAdd: run(*static_cast<const Add*>(args), kernels); break;
+      case Kind::kConvStep: run(*static_cast<const ConvStep*>(args), kernels); break;
+      case Kind::kDeltaStep: run(*static_cast<const DeltaStep*>(args), kernels); break;
+    }
+  }
+  return Status::kDone;
+} catch (const std::bad_alloc&) {
+  return Status::kNoMemory;
+}
+
+}  // namespace whet

@@ -1,0 +1,146 @@
+// Products of one row of x with weights of integers by integer arithmetic, for one instruction set.
+//
+// What is computed is that of gemm.h, without packing what is used once: x is rounded to int8, each group of 32 values
+// with a scale of its own, and a group of a product is xs * scale * sum(u * xq) + offset * xs * sum(xq) for weights
+// u * scale + offset, the zero point and the shift being in the offset. The sums of integers are exact; lanes add up
+// floats, so the result is that of gemm.h but for the order in which they are rounded.
+
+// One row of x. With `split`, the values of a group with even indices come first, as the lower halves of bytes have them.
+void round_row(const float* x, int64_t inputs, bool split, int8_t* values, float* scales, float* sums) {
+  for (int64_t group = 0; group < inputs / kRounded; ++group, x += kRounded, values += kRounded) {
+    Vec peaks = zero();
+    float check = 0.0f;
+    for (int64_t i = 0; i < kRounded; i += kLanes) {
+      const Vec v = load(x + i);
+      peaks = max(peaks, max(v, sub(zero(), v)));
+      check += sum(mul(v, zero()));  // NaN if any value is not finite
+    }
+    float lanes[kLanes], peak = 0.0f;
+    store(lanes, peaks);
+    for (float lane : lanes) peak = std::max(peak, lane);
+    if (!(check == 0.0f)) {  // NaN
+      std::memset(values, 0, kRounded);
+      scales[group] = sums[group] = check;
+      continue;
+    }
+    if (peak < 1e-30f) peak = 0.0f;  // 127 / peak would not be safely finite
+    const Vec inverse = set1(peak == 0.0f ? 0.0f : 127.0f / peak);
+    float rounded[kRounded];
+    for (int64_t i = 0; i < kRounded; i += kLanes) store(rounded + i, round(mul(load(x + i), inverse)));
+    int32_t total = 0;
+    for (int64_t i = 0; i < kRounded; ++i) {
+      const auto value = static_cast<int32_t>(rounded[i]);
+      total += value;
+      values[split ? i / 2 + i % 2 * (kRounded / 2) : i] = static_cast<int8_t>(value);
+    }
+    scales[group] = peak / 127.0f;
+    sums[group] = scales[group] * static_cast<float>(total);
+  }
+}
+
+// Weights of kBytes values at a time, as a dot product with int8 takes them.
+struct Nibbles {
+  static constexpr bool kSigned = false;
+  template <bool kHalf>
+  static Bytes read(const char* row, int64_t at) {
+    return kHalf ? unpack_half_nibbles(row + at / 2) : unpack_nibbles(row + at / 2);
+  }
+  static const char* row(const Weight& w, int64_t n, int64_t inputs) {
+    return static_cast<const char*>(w.data) + n * (inputs / 2);
+  }
+};
+struct SignedBytes {
+  static constexpr bool kSigned = true;
+  template <bool kHalf>
+  static Bytes read(const char* row, int64_t at) {
+    return kHalf ? load_half_bytes(row + at) : load_bytes(row + at);
+  }
+  static const char* row(const Weight& w, int64_t n, int64_t inputs) {
+    return static_cast<const char*>(w.data) + n * inputs;
+  }
+};
+
+constexpr int kVecGroups = kBytes / kRounded;
+constexpr int kBlockGroups = 64;  // groups whose scales are read together
+
+// `count` scales from group `first` on of row n, as floats, and zeros up to a whole vector; a weight's group may hold
+// several of ours.
+inline void read_scales(const Weight& w, const void* from, int64_t n, int64_t inputs, int64_t first, int64_t count,
+                        float* out) {
+  const int64_t wide = w.group_size / kRounded, start = n * (inputs / w.group_size);
+  const auto* halves = static_cast<const uint16_t*>(from) + start;
+  const auto* floats = static_cast<const float*>(from) + start;
+  int64_t i = 0;
+  for (; wide == 1 && i + kLanes <= count; i += kLanes)
+    store(out + i, w.half_scales != 0 ? load_half(halves + first + i) : load(floats + first + i));
+  for (; i < count; ++i) {
+    const int64_t at = (first + i) / wide;
+    out[i] = w.half_scales != 0 ? _cvtsh_ss(halves[at]) : floats[at];
+  }
+  for (; i % kLanes != 0; ++i) out[i] = 0.0f;
+}
+
+// Groups from `group` on, as many as a vector of bytes has, or half of them. The sums must stay in registers: only code
+// that is unrolled may touch them.
+template <typename Values, bool kHalf, int kWeights>
+inline void add_groups(const char* const* rows, const int8_t* x, int64_t group, const float (*factors)[kBlockGroups],
+                       int64_t in_block, Vec (&sums)[kWeights]) {
+  const Bytes values = SignedBytes::read<kHalf>(reinterpret_cast<const char*>(x), group * kRounded);
+#pragma GCC unroll 4
+  for (int r = 0; r < kWeights; ++r) {
+    const Bytes w = Values::template read<kHalf>(rows[r], group * kRounded);
+    const Vec products = Values::kSigned ? dot_signed(w, values) : dot_unsigned(w, values);
+    sums[r] = fma(products, group_factors(factors[r] + in_block), sums[r]);
+  }
+}
+
+// kWeights rows of W, from n on.
+template <typename Values, int kWeights>
+inline void rounded_strip(const Weight& weight, int64_t inputs, int64_t n, const Rounded& x, float* y) {
+  const int64_t groups = inputs / kRounded;
+  const float shift = static_cast<float>(Values::kSigned ? 0 : weight.shift);
+  const bool has_offset = shift != 0.0f || weight.zeros != nullptr || weight.offsets != nullptr;
+  const char* rows[kWeights];
+  for (int r = 0; r < kWeights; ++r) rows[r] = Values::row(weight, n + r, inputs);
+  Vec corrections[kWeights], sums[kWeights];
+#pragma GCC unroll 4
+  for (int r = 0; r < kWeights; ++r) sums[r] = corrections[r] = zero();
+  for (int64_t first = 0; first < groups; first += kBlockGroups) {
+    const int64_t count = std::min<int64_t>(kBlockGroups, groups - first);
+    alignas(64) float factors[kWeights][kBlockGroups];
+    for (int r = 0; r < kWeights; ++r) {
+      alignas(64) float scale[kBlockGroups], offset[kBlockGroups], zeros[kBlockGroups];
+      read_scales(weight, weight.scales, n + r, inputs, first, count, scale);
+      if (weight.offsets != nullptr) read_scales(weight, weight.offsets, n + r, inputs, first, count, offset);
+      if (weight.zeros != nullptr) read_scales(weight, weight.zeros, n + r, inputs, first, count, zeros);
+      for (int64_t i = 0; i < count; i += kLanes) {
+        const Vec s = load(scale + i);
+        store(factors[r] + i, mul(s, load(x.scales + first + i)));
+        if (!has_offset) continue;
+        Vec zero_point = set1(shift);
+        if (weight.zeros != nullptr) zero_point = add(zero_point, load(zeros + i));
+        Vec more = sub(zero(), mul(zero_point, s));
+        if (weight.offsets != nullptr) more = add(more, load(offset + i));
+        corrections[r] = fma(more, load(x.sums + first + i), corrections[r]);
+      }
+    }
+    int64_t i = 0;
+    for (; i + kVecGroups <= count; i += kVecGroups)
+      add_groups<Values, false>(rows, x.values, first + i, factors, i, sums);
+    if (i < count) add_groups<Values, true>(rows, x.values, first + i, factors, i, sums);
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < kWeights; ++r) y[n + r] = sum(add(sums[r], corrections[r]));
+}
+
+template <typename Values>
+void multiply_rounded_by(const Weight& weight, int64_t inputs, int64_t begin, int64_t end, const Rounded& x, float* y) {
+  int64_t n = begin;
+  for (; n + 4 <= end; n += 4) rounded_strip<Values, 4>(weight, inputs, n, x, y);
+  for (; n < end; ++n) rounded_strip<Values, 1>(weight, inputs, n, x, y);
+}
+
+void multiply_rounded(const Weight& weight, int64_t inputs, int64_t begin, int64_t end, const Rounded& x, float* y) {
+  if (weight.storage == Storage::kInt4) return multiply_rounded_by<Nibbles>(weight, inputs, begin, end, x, y);
+  return multiply_rounded_by<SignedBytes>(weight, inputs, begin, end, x, y);
+}

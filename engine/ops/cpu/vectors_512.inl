@@ -1,0 +1,82 @@
+// The vectors of AVX-512.
+
+using Vec = __m512;
+constexpr int kLanes = 16;
+constexpr int kTileRows = 8;  // with two rows of W, sixteen of the 32 registers hold sums
+
+inline Vec zero() { return _mm512_setzero_ps(); }
+inline Vec set1(float value) { return _mm512_set1_ps(value); }
+inline Vec load(const float* from) { return _mm512_loadu_ps(from); }
+inline Vec sub(Vec a, Vec b) { return _mm512_sub_ps(a, b); }
+inline Vec add(Vec a, Vec b) { return _mm512_add_ps(a, b); }
+inline void store(float* to, Vec v) { _mm512_storeu_ps(to, v); }
+inline Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
+inline Vec mul(Vec a, Vec b) { return _mm512_mul_ps(a, b); }
+inline Vec div(Vec a, Vec b) { return _mm512_div_ps(a, b); }
+inline Vec round(Vec v) { return _mm512_roundscale_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+// The second where either is NaN.
+inline Vec min(Vec a, Vec b) { return _mm512_min_ps(a, b); }
+inline Vec max(Vec a, Vec b) { return _mm512_max_ps(a, b); }
+// v * 2^n for integers n in [-126, 127].
+inline Vec times_power_of_two(Vec v, Vec n) {
+  const __m512i exponent = _mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127)), 23);
+  return _mm512_mul_ps(v, _mm512_castsi512_ps(exponent));
+}
+inline Vec load_bf16(const uint16_t* from) {
+  const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+}
+inline Vec widen_int8(__m128i bytes) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes)); }
+inline Vec load_int8(const int8_t* from) {
+  return widen_int8(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+}
+inline void unpack_int4(const uint8_t* from, char shift, Vec* out) {
+  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+  const __m128i mask = _mm_set1_epi8(15), added = _mm_set1_epi8(shift);
+  const __m128i low = _mm_sub_epi8(_mm_and_si128(bytes, mask), added);
+  const __m128i high = _mm_sub_epi8(_mm_and_si128(_mm_srli_epi16(bytes, 4), mask), added);
+  out[0] = widen_int8(_mm_unpacklo_epi8(low, high));
+  out[1] = widen_int8(_mm_unpackhi_epi8(low, high));
+}
+inline float sum(Vec v) {
+  const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
+  __m128 quarter = _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+  quarter = _mm_add_ps(quarter, _mm_movehl_ps(quarter, quarter));
+  return _mm_cvtss_f32(_mm_add_ss(quarter, _mm_movehdup_ps(quarter)));
+}
+
+// The sums of four vectors.
+inline void sum_of_four(const Vec* of, float* out) {
+  __m256 half[4];
+  for (int i = 0; i < 4; ++i) half[i] = _mm256_add_ps(_mm512_castps512_ps256(of[i]), _mm512_extractf32x8_ps(of[i], 1));
+  const __m256 pairs = _mm256_hadd_ps(_mm256_hadd_ps(half[0], half[1]), _mm256_hadd_ps(half[2], half[3]));
+  _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(pairs), _mm256_extractf128_ps(pairs, 1)));
+}
+
+// Bytes of int8 products: kBytes at a time, two groups.
+using Bytes = __m512i;
+constexpr int kBytes = 64;
+inline Bytes load_bytes(const char* from) { return _mm512_loadu_si512(from); }
+// The other half is 0.
+inline Bytes load_half_bytes(const char* from) {
+  return _mm512_zextsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+}
+// Bytes of each group to the values of their halves, the lower ones first.
+inline Bytes widen_nibbles(__m256i groups) {
+  const __m512i twice = _mm512_setr_epi64(0, 1, 0, 1, 2, 3, 2, 3);
+  const __m512i both = _mm512_permutexvar_epi64(twice, _mm512_castsi256_si512(groups));
+  const __m512i shifts = _mm512_setr_epi32(0, 0, 0, 0, 4, 4, 4, 4, 0, 0, 0, 0, 4, 4, 4, 4);
+  return _mm512_and_si512(_mm512_srlv_epi32(both, shifts), _mm512_set1_epi8(15));
+}
+inline Bytes unpack_nibbles(const char* from) {
+  return widen_nibbles(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+}
+inline Bytes unpack_half_nibbles(const char* from) {
+  return widen_nibbles(_mm256_zextsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
+}
+inline Vec group_factors(const float* from) {
+  return _mm512_insertf32x8(_mm512_castps256_ps512(_mm256_broadcast_ss(from)), _mm256_broadcast_ss(from + 1), 1);
+}
+inline Vec load_half(const uint16_t* from) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+}

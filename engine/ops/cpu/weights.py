@@ -1,0 +1,224 @@
+"""Weights as they are stored, for the products of the CPU kernels.
+
+Shapes: M rows of x, K inputs, N outputs, S group size, G = K / S.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from engine.ops.cpu.library import KINDS, available, call, check_struct, empty, takes, takes_device
+
+MAX_ROWS = 16
+"""Rows of x up to which products by floats are taken here; with more, a weight is read less often than it is
+multiplied, and the library behind torch is faster."""
+
+MAX_ROWS_OF_INTEGERS = 32
+"""The same for weights that torch would have to widen first."""
+
+_STORAGE = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2, torch.uint8: 3}
+_POINTER, _INTEGER = ctypes.c_void_p, ctypes.c_int64
+
+
+class _Weight(ctypes.Structure):
+    """``Weight`` of kernels.h."""
+
+    _fields_ = (
+        ("data", _POINTER),
+        ("scales", _POINTER),
+        ("zeros", _POINTER),
+        ("offsets", _POINTER),
+        ("rows", _INTEGER),
+        ("group_size", _INTEGER),
+        ("storage", ctypes.c_int32),
+        ("half_scales", ctypes.c_int32),
+        ("shift", ctypes.c_int32),
+        ("reserved", ctypes.c_int32),
+    )
+
+
+class _Linear(ctypes.Structure):
+    _fields_ = (
+        ("weight", _POINTER),
+        ("x", _POINTER),
+        ("y", _POINTER),
+        ("inputs", _INTEGER),
+        ("rows", _INTEGER),
+        ("rounds", ctypes.c_int32),
+        ("reserved", ctypes.c_int32),
+    )
+
+
+class _WidenRows(ctypes.Structure):
+    _fields_ = (
+        ("weight", _POINTER),
+        ("out", _POINTER),
+        ("inputs", _INTEGER),
+        ("begin", _INTEGER),
+        ("end", _INTEGER),
+    )
+
+
+class _Gather(ctypes.Structure):
+    _fields_ = (("weight", _POINTER), ("ids", _POINTER), ("out", _POINTER), ("inputs", _INTEGER), ("rows", _INTEGER))
+
+
+_LINEAR, _WIDEN_ROWS, _GATHER = (KINDS.index(kind) for kind in ("linear", "widen_rows", "gather"))
+for _kind, _struct in (("linear", _Linear), ("widen_rows", _WidenRows), ("gather", _Gather)):
+    check_struct(_kind, _struct)
+
+
+@dataclass(frozen=True, slots=True)
+class StoredWeight:
+    """One weight, as a scheme holds it.
+
+    Attributes:
+        data: [N, K] float32, bfloat16 or int8, or [N, K / 2] uint8, two 4-bit values a byte, the lower half first,
+            each q + shift.
+        scales, zeros, offsets: of integers, [N, G] all float32 or all float16: w = (q - zero) * scale + offset. None:
+            zeros and offsets of 0.
+        shift: 0 or 8.
+    """
+
+    data: Tensor
+    scales: Tensor | None = None
+    zeros: Tensor | None = None
+    offsets: Tensor | None = None
+    shift: int = 8
+
+    def tensors(self) -> list[Tensor]:
+        """Those that there are."""
+        return [t for t in (self.data, self.scales, self.zeros, self.offsets) if t is not None]
+
+    def is_supported(self, inputs: int) -> bool:
+        """Whether the kernels read it: on the CPU, contiguous, of a type above, in whole groups."""
+        if not available() or self.data.dtype not in _STORAGE:
+            return False
+        if not all(t.is_contiguous() and t.device.type == "cpu" for t in self.tensors()):
+            return False
+        if self.scales is None:
+            return self.data.dtype in (torch.float32, torch.bfloat16)
+        grouped = self.tensors()[1:]
+        if self.scales.dtype not in (torch.float32, torch.float16) or len({t.dtype for t in grouped}) > 1:
+            return False
+        group = inputs // self.scales.shape[1]
+        return group * self.scales.shape[1] == inputs and group % (32 if self.data.dtype == torch.uint8 else 16) == 0
+
+
+class PackedWeight:
+    """A weight as the kernels read it; holds its tensors.
+
+    Args:
+        weight: a supported one.
+        inputs: K.
+    """
+
+    def __init__(self, weight: StoredWeight, inputs: int) -> None:
+        assert weight.is_supported(inputs)
+        scales = weight.scales
+        self.inputs = inputs
+        self.outputs = weight.data.shape[0]
+        self.address = weight.data.data_ptr()
+        self._tensors = weight.tensors()
+        self._struct = struct = _Weight()
+        struct.data, struct.rows, struct.shift = self.address, self.outputs, weight.shift
+        struct.storage = _STORAGE[weight.data.dtype]
+        struct.group_size = inputs if scales is None else inputs // scales.shape[1]
+        struct.half_scales = scales is not None and scales.dtype == torch.float16
+        for name in ("scales", "zeros", "offsets"):
+            tensor = getattr(weight, name)
+            setattr(struct, name, None if tensor is None else tensor.data_ptr())
+        self._pointer = ctypes.addressof(struct)
+        self._rounds = scales is not None
+
+    def __deepcopy__(self, memo: object) -> None:
+        """A copy of a module has tensors of its own and packs them itself."""
+
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        return type(None), ()
+
+    def linear(self, x: Tensor, *, rounds: bool = False) -> Tensor:
+        """x [..., K] float32 times the weight transposed: [..., N] float32. No gradient.
+
+        Args:
+            rounds: round x to int8 and multiply integers (engine.ops.cpu.gemm); ignored where the weight has floats.
+        """
+        x = x.contiguous()
+        y = empty((*x.shape[:-1], self.outputs))
+        rows = x.numel() // self.inputs
+        rounds = rounds and self._rounds
+        args = _Linear(self._pointer, x.data_ptr(), y.data_ptr(), self.inputs, rows, rounds, 0)
+        call(_LINEAR, args, (self, x, y))
+        return y
+
+    def widen(self, start: int, end: int, out: Tensor | None = None) -> Tensor:
+        """Rows [start, end), as float32 [end - start, K].
+
+        Args:
+            out: where to write them, contiguous.
+        """
+        out = torch.empty(end - start, self.inputs) if out is None else out
+        call(_WIDEN_ROWS, _WidenRows(self._pointer, out.data_ptr(), self.inputs, start, end), (self, out))
+        return out
+
+    def gather(self, ids: Tensor) -> Tensor:
+        """Rows ids [M] int64, as float32 [M, K].
+
+        Raises:
+            IndexError: an id is not in [0, N).
+        """
+        out = empty((len(ids), self.inputs))
+        struct = _Gather(self._pointer, ids.data_ptr(), out.data_ptr(), self.inputs, len(ids))
+        call(_GATHER, struct, (self, ids, out))
+        return out
+
+
+class _Scratch(threading.local):
+    tensor: Tensor | None = None
+
+
+_scratch = _Scratch()
+
+
+def scratch_rows(packed: PackedWeight, start: int, end: int) -> Tensor:
+    """As PackedWeight.widen, in memory that the next call of this thread takes again: fresh memory would cost a page
+    fault for every 4 KiB of it."""
+    size = (end - start) * packed.inputs
+    if _scratch.tensor is None or _scratch.tensor.numel() < size:
+        _scratch.tensor = torch.empty(size)
+    return packed.widen(start, end, _scratch.tensor[:size].view(end - start, packed.inputs))
+
+
+def takes_rows(x: Tensor, max_rows: int = MAX_ROWS) -> bool:
+    """Whether ``PackedWeight.linear`` pays for x [..., K] and is allowed: a few rows, of what ``takes`` takes."""
+    return 0 < x.numel() <= max_rows * x.shape[-1] and takes(x)
+
+
+def takes_ids(ids: Tensor) -> bool:
+    """Whether ``PackedWeight.gather`` reads these."""
+    return ids.dtype == torch.int64 and ids.dim() == 1 and ids.is_contiguous() and takes_device(ids)
+
+
+def packed(module: Any, data: Tensor, stored: Callable[[], StoredWeight]) -> PackedWeight | None:
+    """The module's weight as the kernels read it, made at first use and kept on the module; None where they cannot.
+
+    Args:
+        module: has ``in_features``. Its tensors may be replaced: the weight is then packed again.
+        data: that of the weight, by whose place a replaced one is known.
+        stored: the weight; called only where it is to be packed, since this runs for every product.
+    """
+    kept: PackedWeight | None = module.__dict__.get("_packed")
+    if kept is not None and kept.address == data.data_ptr():
+        return kept
+    weight = stored()
+    if not weight.is_supported(module.in_features):
+        return None
+    module.__dict__["_packed"] = made = PackedWeight(weight, module.in_features)
+    return made

@@ -1,0 +1,52 @@
+"""Sums and gated activations. Each is plain torch, which is the reference, or one pass of a kernel on a CPU.
+
+Proof of the kernels: tests/unit/test_cpu_ops.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from engine.errors import FormatError
+from engine.ops import cpu
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "swish": F.silu,
+    "gelu": F.gelu,
+    "gelu_new": partial(F.gelu, approximate="tanh"),
+    "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
+    "relu": F.relu,
+    "relu2": lambda x: F.relu(x).square(),
+    "sigmoid": lambda x: x.sigmoid(),
+}
+"""Hugging Face ``hidden_act`` to the function."""
+
+
+def activation(name: str) -> Callable[[Tensor], Tensor]:
+    """The activation of that Hugging Face name.
+
+    Raises:
+        FormatError: the name is not known.
+    """
+    if name not in ACTIVATIONS:
+        raise FormatError(f"hidden_act is {name!r}; accepted: {', '.join(sorted(ACTIVATIONS))}", field="hidden_act")
+    return ACTIVATIONS[name]
+
+
+def gated_activation(gate: Tensor, up: Tensor, name: str) -> Tensor:
+    """activation(gate) * up (arXiv:2002.05202); both [..., D], ``name`` one of ACTIVATIONS."""
+    if name in cpu.ACTIVATIONS and cpu.takes(gate, up):
+        return cpu.gated_activation(gate, up, name)
+    return ACTIVATIONS[name](gate) * up
+
+
+def add(a: Tensor, b: Tensor) -> Tensor:
+    """a + b; a [..., D], b of the same shape or [D]."""
+    if cpu.takes(a, b):
+        return cpu.add(a, b)
+    return a + b

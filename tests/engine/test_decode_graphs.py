@@ -1,0 +1,74 @@
+"""Captured decode steps give what steps that are not captured give, for the families that are meant to be captured."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engine.config import EngineConfig
+from engine.core.decode_graphs import DecodeGraphs
+from engine.engine import Engine
+from engine.ops import cpu
+from engine.request import Request, SamplingParams
+from tests.tiny import save_tiny_hybrid, save_tiny_llama
+
+pytestmark = pytest.mark.skipif(not cpu.available(), reason="the CPU kernels were not built or this CPU lacks AVX2")
+
+MODELS: dict[str, Any] = {
+    "llama": save_tiny_llama,
+    "hybrid": save_tiny_hybrid,
+}
+
+
+def engine(path: Path, state: Path, **options: Any) -> Engine:
+    made = Engine(EngineConfig(device="cpu", dtype="float32", num_threads=2, state_dir=str(state), **options))
+    made.load_model("tiny", path)
+    return made
+
+
+def tokens(made: Engine, prompts: list[list[int]], lengths: list[int]) -> dict[str, list[int]]:
+    """What greedy requests of those lengths give, which end at different steps."""
+    for number, (prompt, length) in enumerate(zip(prompts, lengths, strict=True)):
+        sampling = SamplingParams(temperature=0.0, max_tokens=length, ignore_eos=True)
+        made.add_request(Request(request_id=str(number), model="tiny", prompt_token_ids=prompt, sampling=sampling))
+    found: dict[str, list[int]] = {str(number): [] for number in range(len(prompts))}
+    while made.has_requests():
+        for output in made.step():
+            assert output.finish_reason != "error", output.error_message
+            found[output.request_id] += output.token_ids
+    return found
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_captured_steps_give_the_same_tokens(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = MODELS[kind](tmp_path / "model")
+    steps: list[bool] = []
+    run = DecodeGraphs.logits
+
+    def counted(self: DecodeGraphs, *args: Any) -> Any:
+        logits = run(self, *args)
+        steps.append(logits is not None)
+        return logits
+
+    monkeypatch.setattr(DecodeGraphs, "logits", counted)
+    prompts = [[5 + i] * (1 + 7 * i) + list(range(3, 9 + i)) for i in range(5)]
+    lengths = [30, 3, 22, 11, 40]
+    wanted = tokens(engine(path, tmp_path / "eager", enable_decode_graphs=False), prompts, lengths)
+    assert not steps
+    captured = engine(path, tmp_path / "captured")
+    assert tokens(captured, prompts, lengths) == wanted
+    assert len(steps) > 30
+    assert all(steps)
+    assert tokens(captured, prompts[::-1], lengths[::-1]) == dict(
+        zip(map(str, range(5)), reversed(wanted.values()), strict=True)
+    )
+
+
+def test_a_model_of_which_torch_computes_a_part_is_not_captured(tmp_path: Path) -> None:
+    """Routed experts are multiplied by torch: every step is run as it is, and gives tokens."""
+    path = save_tiny_hybrid(tmp_path / "model", experts=True)
+    prompts, lengths = [[3, 4, 5], [6, 7]], [12, 9]
+    wanted = tokens(engine(path, tmp_path / "eager", enable_decode_graphs=False), prompts, lengths)
+    assert tokens(engine(path, tmp_path / "captured"), prompts, lengths) == wanted

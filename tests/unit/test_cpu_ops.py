@@ -1,0 +1,213 @@
+"""Each operation of the CPU kernels gives what its torch form gives, at every instruction level that this CPU has.
+
+The torch form is the path that the same function takes for float64 inputs, which the kernels refuse.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from engine.config import RopeConfig
+from engine.context import DecodeInputs, ForwardContext, PagedCache
+from engine.layers.rope import RotaryEmbedding, apply_rope
+from engine.ops import cpu
+from engine.ops.attention import attention, attention_reference
+from engine.ops.causal_conv import causal_conv_step_slots
+from engine.ops.delta_rule import gated_delta_step_slots, gates, l2_normalize, recurrent_gated_delta_rule
+from engine.ops.elementwise import ACTIVATIONS, add, gated_activation
+from engine.ops.norm import gated_rms_norm, rms_norm
+
+pytestmark = pytest.mark.skipif(not cpu.available(), reason="the CPU kernels were not built or this CPU lacks AVX2")
+
+WIDTHS = [1, 7, 16, 40, 576]
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+def assert_same(function: Callable[..., Tensor], *tensors: Tensor, atol: float = 2e-6) -> None:
+    """The kernel's result for float32 inputs against torch's for the same in float64."""
+    assert cpu.takes(*tensors)
+    wanted = function(*(t.double() for t in tensors))
+    torch.testing.assert_close(function(*tensors).double(), wanted, rtol=2e-6, atol=atol)
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("shifted", [False, True])
+def test_rms_norm(level: None, width: int, shifted: bool) -> None:
+    weight = torch.randn(width)
+    for x in (torch.randn(5, width), torch.randn(3, 4, 2 * width)[..., :width], torch.randn(2, 3, 2, width)):
+        assert_same(lambda x, w: rms_norm(x, w, 1e-6, shifted=shifted), x, weight)
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_gated_rms_norm(level: None, width: int) -> None:
+    x, gate = torch.randn(3, 4, width), 5 * torch.randn(3, 4, width)
+    assert_same(lambda x, gate, w: gated_rms_norm(x, gate, w, 1e-6), x, gate, torch.randn(width), atol=1e-5)
+
+
+def test_norms_of_many_rows_are_shared_by_threads(level: None) -> None:
+    cpu.set_num_threads(3)
+    assert_same(lambda x, w: rms_norm(x, w, 1e-6), torch.randn(301, 576), torch.randn(576))
+    cpu.set_num_threads(1)
+
+
+@pytest.mark.parametrize("name", sorted(cpu.ACTIVATIONS))
+def test_gated_activation(level: None, name: str) -> None:
+    for width in WIDTHS:
+        gate, up = torch.randn(3, 4, 2 * width).chunk(2, dim=-1)
+        assert_same(lambda g, u: gated_activation(g, u, name), 6 * gate, up, atol=5e-6)
+    gate = torch.tensor([[0.0, -0.0, 1e-30, 50.0, -50.0, 1e4, -1e4, torch.inf, torch.nan]])
+    result = gated_activation(gate, torch.ones_like(gate), name)
+    torch.testing.assert_close(result, ACTIVATIONS[name](gate), rtol=2e-6, atol=1e-6, equal_nan=True)
+
+
+def test_add(level: None) -> None:
+    for width in WIDTHS:
+        a = torch.randn(3, width)
+        assert_same(add, a, torch.randn(3, width))
+        assert_same(add, a, torch.randn(width))
+
+
+@pytest.mark.parametrize(("width", "fraction"), [(8, 1.0), (64, 1.0), (40, 0.5), (256, 0.25)])
+def test_rotation(level: None, width: int, fraction: float) -> None:
+    rotary = RotaryEmbedding(RopeConfig(theta=10000.0, partial_rotary_factor=fraction), width, 4096)
+    ctx = ForwardContext(torch.tensor([0, 1, 77, 4095]), torch.tensor([0, 4]), [0, 4], [4])
+    cos, sin = rotary.cos_sin(ctx)
+    angles = ctx.positions[:, None].float() * rotary._inv_freq
+    torch.testing.assert_close(cos, torch.cat((angles, angles), dim=-1).cos(), rtol=0, atol=2e-7)
+    torch.testing.assert_close(sin, torch.cat((angles, angles), dim=-1).sin(), rtol=0, atol=2e-7)
+    assert_same(apply_rope, torch.randn(4, 3, 2 * width)[..., :width], cos, sin)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "width"), [(4, 4, 8), (9, 3, 64), (8, 2, 40), (2, 1, 256)])
+@pytest.mark.parametrize("window", [None, 5, 300])
+def test_decode_attention(level: None, heads: int, kv_heads: int, width: int, window: int | None) -> None:
+    """Lengths around the span of a softmax, over scattered blocks that hold NaN where no token of a sequence lies."""
+    size, lens = 16, [2, 3, 17, 255, 256, 257, 600]
+    tables = torch.zeros(len(lens), 40, dtype=torch.int32)
+    free = torch.randperm(200).tolist()
+    cache = PagedCache(*([torch.full((200, size, kv_heads, width), torch.nan)] for _ in range(2)), size)
+    keys = [torch.randn(n, kv_heads, width) for n in lens]
+    values = [torch.randn(n, kv_heads, width) for n in lens]
+    slots = []
+    for row, n in enumerate(lens):
+        for block in range(-(-n // size)):
+            tables[row, block] = free.pop()
+        for position in range(n):
+            block = int(tables[row, position // size])
+            if position == n - 1:
+                slots.append(block * size + position % size)
+                continue
+            cache.keys[0][block, position % size] = keys[row][position]
+            cache.values[0][block, position % size] = values[row][position]
+    q = torch.randn(len(lens), heads, width)
+    count = len(lens)
+    ctx = ForwardContext(
+        torch.tensor(lens) - 1,
+        torch.arange(count + 1),
+        range(count + 1),
+        lens,
+        cache=cache,
+        block_tables=tables,
+        slot_mapping=torch.tensor(slots),
+        decode=DecodeInputs(torch.arange(count), torch.tensor(lens), None),
+        scratch={},
+    )
+    k, v = torch.stack([k[-1] for k in keys]), torch.stack([v[-1] for v in values])
+    with cpu.capture(cpu.Arena()) as program:
+        out = attention(q, k, v, ctx, 0, scale=0.3, window=window)
+    assert len(program) == 1
+    for row in range(count):
+        wanted = attention_reference(q[row : row + 1], keys[row], values[row], scale=0.3, window=window)
+        torch.testing.assert_close(out[row : row + 1], wanted, rtol=1e-5, atol=2e-6)
+    alone = ForwardContext(
+        ctx.positions[-1:],
+        torch.arange(2),
+        range(2),
+        lens[-1:],
+        cache=cache,
+        block_tables=tables[-1:],
+        slot_mapping=ctx.slot_mapping[-1:],  # type: ignore[index]
+        decode=DecodeInputs(torch.arange(1), torch.tensor(lens[-1:]), None),
+        scratch={},
+    )
+    assert torch.equal(attention(q[-1:], k[-1:], v[-1:], alone, 0, scale=0.3, window=window), out[-1:])
+
+
+@pytest.mark.parametrize(("channels", "taps"), [(6, 4), (40, 2), (2100, 4)])
+def test_convolution_step(level: None, channels: int, taps: int) -> None:
+    x, weight = torch.randn(3, channels), torch.randn(channels, taps)
+    windows, slots = torch.randn(6, taps - 1, channels), torch.tensor([4, 1, 5])
+    wide = windows.double()
+    wanted = causal_conv_step_slots(x.double(), weight.double(), wide, slots)
+    result = causal_conv_step_slots(x, weight, windows, slots)
+    torch.testing.assert_close(result.double(), wanted, rtol=1e-5, atol=2e-6)
+    assert torch.equal(windows.double(), wide)
+
+
+@pytest.mark.parametrize(
+    ("key_heads", "value_heads", "k", "v"), [(2, 2, 8, 8), (2, 6, 16, 24), (1, 3, 128, 128), (2, 2, 5, 70)]
+)
+def test_delta_step(level: None, key_heads: int, value_heads: int, k: int, v: int) -> None:
+    """Against the recurrence, token by token, in float64; all tokens of the batch, and some of them."""
+    for rows in (torch.arange(3), torch.tensor([0, 2])):
+        mixed = torch.randn(3, 2 * key_heads * k + value_heads * v)
+        q_, k_, v_ = mixed.split([key_heads * k, key_heads * k, value_heads * v], dim=-1)
+        q_, k_, v_ = q_.view(3, -1, k), k_.view(3, -1, k), v_.view(3, -1, v)
+        a, b = torch.randn(3, value_heads) * 10, torch.randn(3, value_heads)
+        a_log, dt_bias = torch.randn(value_heads), torch.randn(value_heads)
+        matrices, slots = torch.randn(5, value_heads, k, v), torch.tensor([4, 0, 2])[: len(rows)]
+        before = matrices.clone()
+        out = torch.full((3, value_heads, v), 7.0)
+        gated_delta_step_slots(q_, k_, v_, a, b, a_log, dt_bias, matrices, rows, slots, out)
+        for row, slot in zip(rows.tolist(), slots.tolist(), strict=True):
+            one = slice(row, row + 1)
+            wanted, state = recurrent_gated_delta_rule(
+                l2_normalize(q_[one].double(), scale=k**-0.5),
+                l2_normalize(k_[one].double()),
+                v_[one].double(),
+                *gates(a[one].double(), b[one].double(), a_log.double(), dt_bias.double()),
+                [0, 1],
+                before[slot][None].double(),
+            )
+            torch.testing.assert_close(out[one].double(), wanted, rtol=1e-5, atol=5e-6)
+            torch.testing.assert_close(matrices[slot].double(), state[0], rtol=1e-5, atol=5e-6)
+        untouched = [i for i in range(5) if i not in slots]
+        assert torch.equal(matrices[untouched], before[untouched])
+        assert bool((out[[i for i in range(3) if i not in rows]] == 7.0).all())
+
+
+def test_a_capture_notices_what_torch_computes() -> None:
+    x, weight = torch.randn(2, 32), torch.randn(32)
+    with cpu.capture(cpu.Arena()) as program:
+        rms_norm(x, weight, 1e-6).view(4, 16)[1:].unsqueeze(0)
+    assert (len(program), program.foreign) == (1, None)
+    for compute in (lambda: x * 2, lambda: x.T.contiguous(), lambda: x.sum().item(), lambda: x.zero_(), x.clone):
+        with cpu.capture(cpu.Arena()) as program:
+            compute()
+            rms_norm(x, weight, 1e-6)
+        assert program.foreign is not None
+        with pytest.raises(AssertionError):
+            program.replay()
+
+
+def test_a_replay_reads_what_lies_in_the_same_places_now() -> None:
+    x, weight, arena = torch.randn(2, 32), torch.randn(32), cpu.Arena()
+    with cpu.capture(arena) as program:
+        out = add(rms_norm(x, weight, 1e-6), x)
+    x.copy_(torch.randn(2, 32))
+    program.replay()
+    assert torch.equal(out, rms_norm(x, weight, 1e-6) + x)
+    with cpu.capture(arena) as other:  # over the same memory
+        again = add(rms_norm(x, weight, 1e-6), x)
+    assert again.data_ptr() == out.data_ptr()
+    for each in (other, program):
+        each.replay()
+        assert torch.equal(out, rms_norm(x, weight, 1e-6) + x)
