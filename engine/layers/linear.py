@@ -6,7 +6,6 @@ import torch
 from torch import Tensor, nn
 
 from engine.context import ForwardContext
-from engine.ops.elementwise import add
 from engine.quantization.base import UNQUANTIZED, LinearScheme
 
 
@@ -45,9 +44,10 @@ class Linear(nn.Module):
 
     def forward(self, x: Tensor, ctx: ForwardContext) -> Tensor:
         """x [T, in_features]: [T, out_features]."""
-        y = self.scheme.apply(self, x)
-        if self.bias is not None:
-            y = add(y, self.bias)
+        if self.bias is None:
+            y = self.scheme.apply(self, x)
+        else:
+            y = self.scheme.apply_with_bias(self, x, self.bias)
         if ctx.lora is not None and self.lora:
             y = ctx.lora.add(self.name, x, y)
         return y

@@ -29,20 +29,28 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     On two threads of a busy Zen 3, ``F.linear`` took 0.8 to 1.9 times as long with one row (the gain grows with W), and
     1.3 to 4.2 times with 2 to 16 (shapes of SmolLM2-135M and Qwen3.5-0.8B).
     """
-    num_rows = x.numel() // x.shape[-1]
-    if (
-        0 < num_rows <= MAX_ROWS
+    if is_divided(x, weight):
+        return linear_divided(x, weight, left=_weight_is_left(x, weight))
+    return linear_reference(x, weight)
+
+
+def is_divided(x: Tensor, weight: Tensor) -> bool:
+    """Whether ``linear`` divides that product."""
+    return (
+        0 < x.numel() <= MAX_ROWS * x.shape[-1]
         and weight.numel() >= MIN_ELEMENTS
         and weight.dtype == x.dtype == torch.float32
         and weight.device.type == "cpu"
         and weight.shape[0] % PARTS == 0
         and not torch.is_autocast_enabled("cpu")
-    ):
-        # With W as the left factor, MKL passes over it once for all rows; that is the faster for these.
-        left = num_rows == 4 or (num_rows in (2, 3) and weight.shape[0] >= weight.shape[1])
-        if left or torch.get_num_threads() > 1:
-            return linear_divided(x, weight, left=left)
-    return linear_reference(x, weight)
+        and (torch.get_num_threads() > 1 or _weight_is_left(x, weight))
+    )
+
+
+def _weight_is_left(x: Tensor, weight: Tensor) -> bool:
+    """With W as the left factor, MKL passes over it once for all rows; that is the faster for these."""
+    num_rows = x.numel() // x.shape[-1]
+    return num_rows == 4 or (num_rows in (2, 3) and weight.shape[0] >= weight.shape[1])
 
 
 def linear_reference(x: Tensor, weight: Tensor) -> Tensor:

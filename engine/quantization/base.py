@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.ops import cpu
-from engine.ops.dense import linear
+from engine.ops.dense import is_divided, linear
+from engine.ops.elementwise import add
 from engine.ops.quantized import WeightRows, quantized_linear
 from engine.registry import Registry
 
@@ -36,6 +37,10 @@ class LinearScheme(ABC):
     @abstractmethod
     def dequantize(self, module: nn.Module, dtype: torch.dtype = torch.float32) -> Tensor:
         """W [out_features, in_features]."""
+
+    def apply_with_bias(self, module: nn.Module, x: Tensor, bias: Tensor) -> Tensor:
+        """``apply``, plus bias [out_features]. Schemes whose product can take it in override this."""
+        return add(self.apply(module, x), bias)
 
     def rows(self, module: nn.Module) -> WeightRows:
         """Reads W a few rows at a time. Schemes that can do so without making all of it override this."""
@@ -68,6 +73,12 @@ class Unquantized(LinearScheme):
         if cpu.takes_rows(x) and (packed := cpu.packed(module, weight, lambda: cpu.StoredWeight(weight))) is not None:
             return packed.linear(x)
         return linear(x, weight)
+
+    def apply_with_bias(self, module: nn.Module, x: Tensor, bias: Tensor) -> Tensor:
+        weight = module.get_parameter("weight")
+        if is_divided(x, weight) or cpu.takes_rows(x):
+            return super().apply_with_bias(module, x, bias)
+        return F.linear(x, weight, bias)
 
     def apply_part(self, module: nn.Module, x: Tensor, start: int, end: int) -> Tensor:
         return linear(x, module.get_parameter("weight")[start:end])

@@ -195,12 +195,16 @@ def fault_in_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
     """A decoded token's state decays a little less."""
     import engine.layers.gated_delta_net as layer
 
-    right = layer.gated_delta_step
+    right, right_of_slots = layer.gated_delta_step, layer.gated_delta_step_slots
 
     def wrong(q: Tensor, k: Tensor, v: Tensor, g: Tensor, *rest: Any, **options: Any) -> Any:
         return right(q, k, v, 0.99 * g, *rest, **options)
 
+    def wrong_of_slots(q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, a_log: Tensor, *rest: Any) -> None:
+        right_of_slots(q, k, v, a, b, a_log - 0.01, *rest)  # g = -exp(a_log) softplus(a + dt_bias)
+
     monkeypatch.setattr(layer, "gated_delta_step", wrong)
+    monkeypatch.setattr(layer, "gated_delta_step_slots", wrong_of_slots)
 
 
 def fault_in_a_backward(monkeypatch: pytest.MonkeyPatch) -> None:
