@@ -60,11 +60,14 @@ class DecodeGraphs:
                 return None
             graph = _Graph(count, self._max_blocks, self._cache.block_size)
             graph.write(tokens, computed, block_tables, state_slots)
+            held = len(self._arena)
             foreign = graph.capture(self._model, self._arena, self._cache, self._states)
             self._graphs[count] = graph if foreign is None else None
-            if foreign is not None and not self._refused:
+            if foreign is not None:
+                self._arena.shrink(held)
+                if not self._refused:
+                    logger.info("steps of %d sequences are not captured: torch computes %s", count, foreign)
                 self._refused = True
-                logger.info("steps of %d sequences are not captured: %s is not an operation of ours", count, foreign)
             return graph.output
         graph.write(tokens, computed, block_tables, state_slots)
         graph.program.replay()

@@ -40,13 +40,13 @@ def activation(name: str) -> Callable[[Tensor], Tensor]:
 
 def gated_activation(gate: Tensor, up: Tensor, name: str) -> Tensor:
     """activation(gate) * up (arXiv:2002.05202); both [..., D], ``name`` one of ACTIVATIONS."""
-    if name in cpu.ACTIVATIONS and cpu.takes(gate, up):
+    if gate.shape == up.shape and name in cpu.ACTIVATIONS and cpu.takes(gate, up):
         return cpu.gated_activation(gate, up, name)
     return ACTIVATIONS[name](gate) * up
 
 
 def add(a: Tensor, b: Tensor) -> Tensor:
     """a + b; a [..., D], b of the same shape or [D]."""
-    if cpu.takes(a, b):
+    if (a.shape == b.shape or a.shape[-1:] == b.shape) and cpu.takes(a, b):
         return cpu.add(a, b)
     return a + b

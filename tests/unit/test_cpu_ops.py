@@ -73,6 +73,9 @@ def test_add(level: None) -> None:
         a = torch.randn(3, width)
         assert_same(add, a, torch.randn(3, width))
         assert_same(add, a, torch.randn(width))
+    a, b = torch.randn(3, 8), torch.randn(1, 8)
+    assert torch.equal(add(a, b), a + b)  # of another shape: torch's
+    assert torch.equal(gated_activation(a, b, "silu"), torch.nn.functional.silu(a) * b)
 
 
 @pytest.mark.parametrize(("width", "fraction"), [(8, 1.0), (64, 1.0), (40, 0.5), (256, 0.25)])
@@ -196,6 +199,19 @@ def test_a_capture_notices_what_torch_computes() -> None:
         assert program.foreign is not None
         with pytest.raises(AssertionError):
             program.replay()
+
+
+def test_an_arena_shrinks_to_what_it_held() -> None:
+    arena = cpu.Arena()
+    arena.take((4,))
+    held = len(arena)
+    late = arena.take((2 * arena.MIN_NUMBERS,)).fill_(3.0)
+    arena.shrink(held)
+    assert len(arena) == held
+    arena.rewind()
+    for _ in range(3):
+        arena.take((arena.MIN_NUMBERS,)).zero_()
+    assert bool((late == 3.0).all())
 
 
 def test_a_replay_reads_what_lies_in_the_same_places_now() -> None:

@@ -169,6 +169,14 @@ class Arena:
         """Starts again at the beginning."""
         self._chunk, self._used = 0, 0
 
+    def __len__(self) -> int:
+        """Chunks of memory that are held."""
+        return len(self._chunks)
+
+    def shrink(self, count: int) -> None:
+        """Lets go of all chunks but the first ``count``; those that a tensor still shows live on with it."""
+        del self._chunks[count:]
+
     def take(self, shape: tuple[int, ...]) -> Tensor:
         """float32 of that shape, of which nothing is known."""
         count = math.prod(shape)
