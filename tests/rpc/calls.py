@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from tests.rpc.conftest import MODEL
+from tests.rpc.conftest import CONTEXT, MODEL
 from tests.rpc.harness import Stubs
 from whet.v1 import common_pb2, generation_pb2, training_pb2
 
 TIMEOUT = 180.0  # of a call that hangs; where the cores are busy, many take long
+# Completions that take tens of seconds: for tests that do something to a request while it surely runs.
+LASTING: dict[str, Any] = {"max_tokens": CONTEXT - 100, "n": 16, "temperature": 1.0}
 
 
 def text_prompt(text: str) -> common_pb2.Prompt:

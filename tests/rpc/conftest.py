@@ -15,7 +15,7 @@ from tests.tiny import save_tiny_llama
 
 MODEL = "tiny"
 EMBEDDER = "tiny-bert"
-CONTEXT = 512
+CONTEXT = 8192
 PROMPTS = {"query": "query: ", "document": "passage: "}
 
 

@@ -101,7 +101,7 @@ def test_adapt_says_how_many_examples_were_cut(stubs: Stubs) -> None:
         ("probe_prompts[0].token_ids", {"probe_prompts": [ids_prompt([])]}),
         ("probe_prompts[0].token_ids", {"probe_prompts": [ids_prompt([300])]}),
         ("probe_prompts[0]", {"probe_prompts": [ids_prompt([1] * (CONTEXT + 1))]}),
-        ("probe_prompts[8]", {"probe_prompts": [ids_prompt([1] * CONTEXT)] * 9}),
+        ("probe_prompts[8]", {"probe_prompts": [ids_prompt([1] * 512)] * 9}),
         ("probe_prompts", {"probe_prompts": [text_prompt("a")] * 33}),
     ],
 )

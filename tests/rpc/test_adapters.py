@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 import whet
+from tests.rpc.calls import LASTING
 from tests.rpc.conftest import CONTEXT, MODEL
 from tests.rpc.harness import ServerProcess
 from tests.rpc.tiny_tokenizer import save_tiny_tokenizer
@@ -206,9 +207,7 @@ def test_prune_keeps_what_runs_and_requests_need(client: Client) -> None:
     train(client, "need")
     for _ in range(3):
         client.adapt(EXAMPLES[:2], model=MODEL, adapter="need", learning_rate=1e-2)
-    stream = client.generate(  # sixty-four completions, so that it outlasts the start of the run
-        "x", model=MODEL, adapter="need", adapter_version=1, max_tokens=450, n=64, temperature=1.0, ignore_eos=True
-    )
+    stream = client.generate("x", model=MODEL, adapter="need", adapter_version=1, ignore_eos=True, **LASTING)
     next(stream)
     run = client.train(
         EXAMPLES, model=MODEL, adapter="need-run", init_adapter="need", init_adapter_version=2, max_steps=5000,

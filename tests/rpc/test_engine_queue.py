@@ -6,14 +6,14 @@ from collections.abc import Callable
 
 import grpc
 
-from tests.rpc.calls import TIMEOUT, generate, request
+from tests.rpc.calls import LASTING, TIMEOUT, generate, request
 from tests.rpc.harness import ServerProcess, Stubs, fails
 
 
 def test_a_full_queue_of_the_engine_is_refused_and_counted(start_server: Callable[..., ServerProcess]) -> None:
     server = start_server("--max-running-requests", "1", "--max-waiting-requests", "8")
     stubs = Stubs(server.address)
-    running = stubs.generation.Generate(request(max_tokens=490, n=8), timeout=TIMEOUT)  # one runs, seven wait
+    running = stubs.generation.Generate(request(**LASTING | {"n": 8}), timeout=TIMEOUT)  # one runs, seven wait
     next(iter(running))
     assert server.metric("whet_admission_rejections_total", reason="queue_full") is None
     with fails(grpc.StatusCode.RESOURCE_EXHAUSTED, reason="QUEUE_FULL") as caught:

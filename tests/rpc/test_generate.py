@@ -8,7 +8,7 @@ from typing import Any
 import grpc
 import pytest
 
-from tests.rpc.calls import TIMEOUT, Reply, generate, request, text_prompt
+from tests.rpc.calls import LASTING, TIMEOUT, Reply, generate, request, text_prompt
 from tests.rpc.conftest import CONTEXT, EMBEDDER, MODEL
 from tests.rpc.harness import ServerProcess, Stubs, fails, wait_for
 from tests.rpc.tiny_tokenizer import BYTE_OFFSET
@@ -222,32 +222,29 @@ def cancelled(server: ServerProcess) -> float:
 
 
 def test_a_cancel_frees_what_the_request_held(stubs: Stubs, rpc_server: ServerProcess) -> None:
-    calls = [  # sixteen completions each, so that none is done before it is cancelled
-        stubs.generation.Generate(request("y" * 16, max_tokens=480, n=16, temperature=1.0), timeout=TIMEOUT)
-        for _ in range(4)
-    ]
+    calls = [stubs.generation.Generate(request("y" * 16, **LASTING), timeout=TIMEOUT) for _ in range(4)]
     for call in calls:
         assert next(iter(call)).WhichOneof("event") == "started"
     before = cancelled(rpc_server)
     rpc_server.wait_computing(MODEL)
     for call in calls:
         call.cancel()
-    wait_for(lambda: cancelled(rpc_server) == before + 4 * 16)
+    wait_for(lambda: cancelled(rpc_server) == before + 4 * LASTING["n"])
     rpc_server.wait_idle(MODEL)
 
 
 def test_a_deadline_stops_the_work(stubs: Stubs, rpc_server: ServerProcess) -> None:
     before = cancelled(rpc_server)
-    call = stubs.generation.Generate(request("z" * 16, max_tokens=490, n=64, temperature=1.0), timeout=1.0)
+    call = stubs.generation.Generate(request("z" * 16, **LASTING), timeout=1.0)
     with pytest.raises(grpc.RpcError) as caught:
         list(call)
     assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED  # type: ignore[attr-defined]
-    wait_for(lambda: cancelled(rpc_server) == before + 64)
+    wait_for(lambda: cancelled(rpc_server) == before + LASTING["n"])
     rpc_server.wait_idle(MODEL)
 
 
 def test_slow_readers_do_not_hold_up_others(stubs: Stubs) -> None:
-    slow = stubs.generation.Generate(request(max_tokens=400), timeout=TIMEOUT)
+    slow = stubs.generation.Generate(request(**LASTING), timeout=TIMEOUT)
     next(iter(slow))
     assert len(generate(stubs, max_tokens=8).token_ids()) == 8
     slow.cancel()

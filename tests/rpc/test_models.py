@@ -15,8 +15,8 @@ from typing import Any
 import grpc
 import pytest
 
-from tests.rpc.calls import TIMEOUT, generate, request, train
-from tests.rpc.conftest import EMBEDDER, MODEL
+from tests.rpc.calls import LASTING, TIMEOUT, generate, request, train
+from tests.rpc.conftest import CONTEXT, EMBEDDER, MODEL
 from tests.rpc.harness import ServerProcess, Stubs, fails, wait_for
 from tests.rpc.tiny_tokenizer import save_tiny_tokenizer
 from tests.tiny import save_tiny_hybrid
@@ -91,7 +91,7 @@ def test_models_are_listed_by_name_in_pages(stubs: Stubs) -> None:
 def test_a_model_tells_what_it_is(stubs: Stubs) -> None:
     model = stubs.model.GetModel(model_pb2.GetModelRequest(name=MODEL), timeout=TIMEOUT).model
     assert (model.state, model.task) == (model_pb2.MODEL_STATE_READY, model_pb2.TASK_GENERATE)
-    assert (model.model_type, model.vocab_size, model.max_model_len, model.num_layers) == ("llama", 300, 512, 2)
+    assert (model.model_type, model.vocab_size, model.max_model_len, model.num_layers) == ("llama", 300, CONTEXT, 2)
     assert model.has_chat_template
     assert "q_proj" in model.linear_modules
     assert model.num_blocks > 0
@@ -142,7 +142,7 @@ def test_a_model_is_unloaded_and_loaded_again(start_server: Callable[..., Server
     assert again == loaded  # nothing to do
     assert server.get("/readyz")[0] == 200
 
-    call = stubs.generation.Generate(request(max_tokens=490, n=8, temperature=1.0), timeout=TIMEOUT)
+    call = stubs.generation.Generate(request(**LASTING), timeout=TIMEOUT)
     responses = iter(call)
     next(responses)
     with fails(grpc.StatusCode.FAILED_PRECONDITION, reason="MODEL_BUSY"):

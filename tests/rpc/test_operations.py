@@ -19,7 +19,7 @@ from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from server.app import SERVICE_NAMES
-from tests.rpc.calls import TIMEOUT, Reply, generate, request, train_messages
+from tests.rpc.calls import LASTING, TIMEOUT, Reply, generate, request, train_messages
 from tests.rpc.conftest import EMBEDDER, MODEL
 from tests.rpc.harness import ServerProcess, Stubs, fails, wait_for
 from whet.v1 import model_pb2
@@ -131,7 +131,7 @@ def test_a_killed_worker_shows_in_health_and_comes_back(start_server: Callable[.
     server = start_server()
     stubs = Stubs(server.address)
     before = generate(stubs).token_ids()
-    stream = stubs.generation.Generate(request(max_tokens=490, n=8, temperature=1.0), timeout=TIMEOUT)
+    stream = stubs.generation.Generate(request(**LASTING), timeout=TIMEOUT)
     next(iter(stream))
     os.kill(server.worker_pid(), signal.SIGKILL)
     with fails(grpc.StatusCode.UNAVAILABLE, reason="WORKER_LOST"):
@@ -207,7 +207,7 @@ def test_compatibility_metrics(start_server: Callable[..., ServerProcess]) -> No
 def test_a_full_server_says_when_to_come_back_and_stays_healthy(start_server: Callable[..., ServerProcess]) -> None:
     server = start_server("--max-active-requests", "2")
     stubs = Stubs(server.address)
-    stream = stubs.generation.Generate(request(max_tokens=490, n=2, temperature=1.0), timeout=TIMEOUT)
+    stream = stubs.generation.Generate(request(**LASTING | {"n": 2}), timeout=TIMEOUT)
     next(iter(stream))
     with fails(grpc.StatusCode.RESOURCE_EXHAUSTED, reason="QUEUE_FULL") as caught:
         generate(stubs)
@@ -269,7 +269,7 @@ def test_a_drain_lets_streams_finish_and_takes_no_new_work(start_server: Callabl
 def test_a_drain_has_an_end(start_server: Callable[..., ServerProcess]) -> None:
     server = start_server("--drain-seconds", "0.1", "--max-batch-tokens", "16")
     stubs = Stubs(server.address)
-    stream = stubs.generation.Generate(request(max_tokens=490, n=64, temperature=1.0), timeout=TIMEOUT)
+    stream = stubs.generation.Generate(request(**LASTING), timeout=TIMEOUT)
     next(iter(stream))
     server.process.send_signal(signal.SIGTERM)
     with fails(grpc.StatusCode.UNAVAILABLE):
@@ -282,7 +282,7 @@ def test_a_second_signal_ends_it_at_once(start_server: Callable[..., ServerProce
     server = start_server("--drain-seconds", "60")
     stubs = Stubs(server.address)
     worker = server.worker_pid()
-    stream = stubs.generation.Generate(request(max_tokens=490, n=64, temperature=1.0), timeout=TIMEOUT)
+    stream = stubs.generation.Generate(request(**LASTING), timeout=TIMEOUT)
     next(iter(stream))
     server.process.send_signal(signal.SIGINT)
     wait_for(lambda: not stubs.is_serving(f"model/{MODEL}"))
@@ -462,7 +462,7 @@ def test_deeply_nested_messages_are_refused(stubs: Stubs) -> None:
 
 def test_a_caller_that_vanishes_leaves_nothing_behind(stubs: Stubs, rpc_server: ServerProcess) -> None:
     own = Stubs(rpc_server.address)
-    stream = own.generation.Generate(request(max_tokens=490, n=8, temperature=1.0), timeout=TIMEOUT)
+    stream = own.generation.Generate(request(**LASTING), timeout=TIMEOUT)
     next(iter(stream))
     rpc_server.wait_computing(MODEL)
     before = rpc_server.calls("Generate", "CANCELLED")
