@@ -2,8 +2,8 @@
 
 Shapes: T tokens, S sequences, H_q query heads, H_kv key/value heads, G = H_q / H_kv, D head_dim, L key length, P block
 size. The plain reference is ``attention_reference``; ``attention`` gives the same through
-``torch.nn.functional.scaled_dot_product_attention``, or, where each sequence has one new token on a CPU, a kernel.
-Proof: tests/unit/test_attention.py, tests/unit/test_cpu_ops.py.
+``torch.nn.functional.scaled_dot_product_attention``, or, for sequences that have one new token, through a kernel.
+Proof: tests/unit/test_attention.py, test_cpu_ops.py and test_triton_kernels.py there.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from torch import Tensor
 
 from engine.context import ForwardContext, PagedCache
 from engine.ops import cpu
+from engine.ops.backends import uses_triton_forward
+from engine.ops.transfer import to_device
 
 
 def attention_reference(
@@ -76,11 +78,25 @@ def attention(
         return cpu.decode_attention(
             q, k, v, keys, values, ctx.slot_mapping, ctx.block_tables, lens, scale=scale, window=window
         )
-    cache.keys[layer_index].flatten(0, 1).index_copy_(0, ctx.slot_mapping, k)
-    cache.values[layer_index].flatten(0, 1).index_copy_(0, ctx.slot_mapping, v)
-    out = torch.empty_like(q)
+    by_triton = uses_triton_forward(q, k, v)
+    if by_triton:
+        from engine.ops.triton import paged_attention
+
+        paged_attention.store(k, v, keys, values, ctx.slot_mapping)
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        if ctx.decode is not None:
+            inputs = (ctx.decode.rows, ctx.block_tables, ctx.decode.kv_lens)
+            paged_attention.decode_attention(q, keys, values, *inputs, out, scale=scale, window=window, softcap=softcap)
+            return out
+    else:
+        keys.flatten(0, 1).index_copy_(0, ctx.slot_mapping, k)
+        values.flatten(0, 1).index_copy_(0, ctx.slot_mapping, v)
+        out = torch.empty_like(q)
     decodes = _decodes(ctx)
-    if decodes and softcap is None:
+    if decodes and by_triton:
+        inputs = _decode_inputs(ctx, decodes)
+        paged_attention.decode_attention(q, keys, values, *inputs, out, scale=scale, window=window, softcap=softcap)
+    elif decodes and softcap is None:
         out = _decode(q, cache, ctx, layer_index, decodes, scale, window, out)
     else:
         decodes = []
@@ -103,6 +119,22 @@ def _decodes(ctx: ForwardContext) -> list[int]:
     """Sequences with one new token and a past; they run as one batch."""
     starts = ctx.seq_starts
     return [s for s in range(ctx.num_sequences) if starts[s + 1] - starts[s] == 1 and ctx.kv_lens[s] > 1]
+
+
+def _decode_inputs(ctx: ForwardContext, decodes: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows, block tables and lengths of some sequences of a batch, on the device; the same for all layers."""
+    assert ctx.scratch is not None
+    assert ctx.block_tables is not None
+    if "decode inputs" not in ctx.scratch:
+        device = ctx.block_tables.device
+        chosen = to_device(decodes, device)
+        ctx.scratch["decode inputs"] = (
+            to_device([ctx.seq_starts[s] for s in decodes], device),
+            ctx.block_tables.index_select(0, chosen),
+            to_device([ctx.kv_lens[s] for s in decodes], device),
+        )
+    inputs: tuple[Tensor, Tensor, Tensor] = ctx.scratch["decode inputs"]
+    return inputs
 
 
 def _decode(

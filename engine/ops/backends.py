@@ -83,6 +83,7 @@ def implementations(device: torch.device) -> dict[str, str]:
         "delta_rule.chunk": "flash-linear-attention" if uses_fla(device) else "torch",
         "delta_rule.step": kernels,
         "causal_conv.step": kernels,
+        "attention.decode": kernels,
         "rms_norm": kernels,
         "gated_rms_norm": kernels,
     }

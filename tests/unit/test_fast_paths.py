@@ -58,6 +58,7 @@ FAST_PATHS: dict[str, tuple[str, str]] = {
     # Kernels for CUDA, here in Triton's interpreter; on a device: tests/gpu.
     "triton conv_step": ("engine.ops.causal_conv.causal_conv_step_slots", TRITON),
     "triton delta_step": ("engine.ops.delta_rule.gated_delta_step_slots", TRITON),
+    "triton paged_attention": ("engine.ops.attention.attention_reference", TRITON),
     "triton rms_norm": ("engine.ops.norm.rms_norm", TRITON),
 }
 
