@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 
 class DecodeGraphs:
-    """Captured decode steps of one model, one for each number of sequences.
+    """Captured decode steps of one model (engine.core.captured_steps.CapturedSteps), one for each number of sequences.
 
     Args:
         max_model_len: tokens of the longest sequence, for the width of block tables.
@@ -43,16 +43,7 @@ class DecodeGraphs:
     def logits(
         self, tokens: Seq[int], computed: Seq[int], block_tables: Seq[Seq[int]], state_slots: Seq[int]
     ) -> Tensor | None:
-        """Runs a step.
-
-        Args:
-            tokens: S ids, each the new token of a sequence.
-            computed: per sequence, its tokens in the cache, at least 1.
-            block_tables: per sequence, blocks that hold all its tokens, the new one included.
-            state_slots: per sequence; empty for models without recurrent layers.
-
-        Returns: [S, V] float32, valid until the next step; None if such steps cannot be captured.
-        """
+        """See CapturedSteps."""
         count = len(tokens)
         graph = self._graphs.get(count)
         if graph is None:

@@ -14,7 +14,7 @@ from engine.cache.full import FullAttentionManager
 from engine.cache.hybrid import HybridManager
 from engine.context import PagedCache, RecurrentStates, StateSave
 from engine.core.batch import pack
-from engine.core.decode_graphs import DecodeGraphs
+from engine.core.captured_steps import captured_steps
 from engine.core.failures import as_engine_error
 from engine.core.loaded import LoadedModel
 from engine.core.memory import CachePlan
@@ -24,6 +24,7 @@ from engine.errors import EngineError, InternalError, InvalidArgumentError
 from engine.info import ModelStats
 from engine.models.base import CausalLM
 from engine.ops import cpu
+from engine.ops.transfer import to_device
 from engine.request import MAX_N, Request, RequestOutput
 from engine.sampling.logprobs import prompt_logprobs
 from engine.sampling.sampler import Sampler
@@ -81,10 +82,7 @@ class Runner:
             max_model_len=loaded.info.max_model_len,
         )
         self._sampler = Sampler()
-        # Kernels of ours for other devices are not captured: torch has graphs of its own for CUDA.
-        self._graphs: DecodeGraphs | None = None
-        if loaded.device.type == "cpu" and config.enable_decode_graphs and cpu.available():
-            self._graphs = DecodeGraphs(model, cache, states, loaded.info.max_model_len)
+        self._graphs = captured_steps(loaded, model, cache, states, plan.max_sequences)
         self._observations: dict[str, list[float]] = defaultdict(list)
 
     # ----------------------------------------------------------------------------------------------------- requests
@@ -182,7 +180,7 @@ class Runner:
         ending = [row for row, entry in enumerate(entries) if entry.reaches_end]
         if not ending:
             return {}
-        last = torch.tensor([ctx.seq_starts[row + 1] - 1 for row in ending], device=hidden.device)
+        last = to_device([ctx.seq_starts[row + 1] - 1 for row in ending], hidden.device)
         logits = self._model.compute_logits(hidden[last])
         return self._sample(logits, [sequences[row] for row in ending])
 

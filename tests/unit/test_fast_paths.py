@@ -40,6 +40,10 @@ FAST_PATHS: dict[str, tuple[str, str]] = {
         "engine.core.runner.Runner",
         "tests/engine/test_decode_graphs.py::test_captured_steps_give_the_same_tokens",
     ),
+    "CUDA graphs of decode steps": (
+        "engine.core.runner.Runner",
+        "tests/engine/test_cuda_graphs.py::test_padded_steps_give_the_same_tokens",
+    ),
     # Products by int8 activations.
     "cpu linear, rounded, many rows": (
         "engine.ops.cpu.gemm.rounded",

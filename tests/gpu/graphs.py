@@ -1,0 +1,55 @@
+"""Decode steps as CUDA graphs give the tokens of steps that are not captured."""
+
+from __future__ import annotations
+
+import torch
+
+from engine.core.cuda_graphs import CudaGraphs, Step
+from engine.engine import Engine
+from engine.ops import backends
+from tests.gpu.checks import check, needs
+from tests.gpu.models import CPU, PROMPTS, engine_on, generate, kinds
+
+
+def use_graphs(engine: Engine, device: torch.device, max_sequences: int) -> CudaGraphs:
+    """Has the engine's model decode through graphs; without a GPU, a replay runs the forward once more."""
+
+    def again(step: Step) -> Step:
+        step()
+        return step
+
+    runner = engine._models["tiny"].runner
+    assert runner is not None
+    capture = None if device.type == "cuda" else again
+    graphs = CudaGraphs(runner._model, runner._cache, runner._states, 128, max_sequences, capture)
+    runner._graphs = graphs
+    return graphs
+
+
+@check
+def tokens_of_graphs(device: torch.device) -> float:
+    """Five sequences in eight rows, and as they end in four, two and one: the tokens of the CPU in plain torch, with
+    graphs and without."""
+    if not backends.uses_triton(device):
+        needs("triton")
+        raise AssertionError("the Triton kernels are not in use")
+    long = device.type == "cuda"
+    prompts = {f"p{i}": prompt for i, prompt in enumerate(PROMPTS if long else PROMPTS[1:4])}
+    for kind in kinds(device):
+        count = 24 if long else 3
+        with backends.allow(triton=False, fla=False):
+            expected = generate(engine_on(CPU, kind), prompts, count)
+        engine = engine_on(device, kind)
+        graphs = use_graphs(engine, device, len(prompts))
+        for attempt in range(2):  # the first captures
+            got = generate(engine, prompts, count)
+            for name, (tokens, _) in expected.items():
+                assert got[name][0] == tokens, f"{kind}, {name}, run {attempt}: {got[name][0]}, not {tokens}"
+        assert graphs._replays, f"{kind}: nothing was captured"
+        refused = [size for size, replay in graphs._replays.items() if replay is None]
+        assert not refused, f"{kind}: steps of {refused} rows were not captured"
+        if long:
+            assert isinstance(engine_on(device, kind)._models["tiny"].runner._graphs, CudaGraphs)  # type: ignore[union-attr]
+            plain = generate(engine_on(device, kind, enable_decode_graphs=False), prompts, count)
+            assert all(plain[name][0] == tokens for name, (tokens, _) in expected.items()), f"{kind}, graphs off"
+    return 0.0
