@@ -13,7 +13,7 @@ import grpc
 import pytest
 
 from tests.rpc.calls import TIMEOUT, examples, generate, train, train_messages
-from tests.rpc.conftest import EMBEDDER, MODEL
+from tests.rpc.conftest import CONTEXT, EMBEDDER, MODEL
 from tests.rpc.harness import ServerProcess, Stubs, fails
 from whet.v1 import common_pb2, training_pb2
 
@@ -212,7 +212,7 @@ BAD: list[tuple[str, dict[str, Any]]] = [
     ("params.learning_rate", {"params": {"learning_rate": math.nan}}),
     ("params.max_steps", {"params": {"max_steps": -1}}),
     ("params.batch_size", {"params": {"batch_size": 1 << 30}}),
-    ("config.params.max_seq_len", {"params": {"max_seq_len": 4096}}),
+    ("config.params.max_seq_len", {"params": {"max_seq_len": CONTEXT + 1}}),
     ("lora.rank", {"lora": training_pb2.LoRAConfig(rank=0)}),
     ("lora.target_modules", {"lora": training_pb2.LoRAConfig(target_modules=["nope"])}),
     ("lora.target_parameters", {"lora": training_pb2.LoRAConfig(target_parameters=["mlp.experts.down_proj"])}),
