@@ -27,6 +27,7 @@ from engine.ops import cpu
 from engine.ops.transfer import to_device
 from engine.request import MAX_N, Request, RequestOutput
 from engine.sampling.logprobs import prompt_logprobs
+from engine.sampling.on_device import DeviceSampler
 from engine.sampling.sampler import Sampler
 
 logger = logging.getLogger(__name__)
@@ -81,7 +82,7 @@ class Runner:
             max_waiting=config.max_waiting_requests,
             max_model_len=loaded.info.max_model_len,
         )
-        self._sampler = Sampler()
+        self._sampler = Sampler() if loaded.device.type == "cpu" else DeviceSampler()
         self._graphs = captured_steps(loaded, model, cache, states, plan.max_sequences)
         self._observations: dict[str, list[float]] = defaultdict(list)
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from engine.errors import EngineError, InternalError, InvalidArgumentError, ShapeError
+from engine.ops.transfer import to_device
 from engine.request import TokenLogprob
 from engine.sampling.base import LogitsProcessor, SamplingSequence, is_greedy, processors
 from engine.sampling.logprobs import token_logprobs
@@ -23,6 +24,9 @@ from engine.sampling.random import uniform
 
 CHUNK_ELEMENTS = 1 << 22
 """Probabilities to accumulate at a time: 32 MiB in float64."""
+
+DEVICE_CHUNK_ELEMENTS = 1 << 26
+"""The same on a GPU, where each chunk costs launches."""
 
 
 @dataclass(slots=True)
@@ -76,10 +80,11 @@ class Sampler:
             best, tokens = logits.max(-1)
             usable = torch.isfinite(best)
         if random:
-            uniforms = [uniform(sequences[r].sampling_key, sequences[r].num_output_tokens) for r in random]
+            numbers = [uniform(sequences[r].sampling_key, sequences[r].num_output_tokens) for r in random]
+            uniforms = to_device(numbers, logits.device, torch.float64)
             whole = len(random) == len(sequences)
-            drawn = _draw(logits if whole else logits[random], uniforms)
-            tokens = drawn if whole else tokens.index_copy(0, torch.tensor(random, device=tokens.device), drawn)
+            drawn = draw(logits if whole else logits[random], uniforms)
+            tokens = drawn if whole else tokens.index_copy(0, to_device(random, tokens.device), drawn)
 
         token_ids: list[int] = tokens.tolist()
         sampled = SampledTokens(token_ids, [None] * len(token_ids))
@@ -110,18 +115,18 @@ def _process(
     return logits
 
 
-def _draw(logits: Tensor, uniforms: list[float]) -> Tensor:
+def draw(logits: Tensor, uniforms: Tensor) -> Tensor:
     """Inverts each row's cumulative distribution.
 
     Args:
         logits: [R, V] float32.
-        uniforms: R numbers in [0, 1).
+        uniforms: [R] float64, in [0, 1).
 
     Returns: [R] int64; never a token of probability 0, except in rows that have a NaN.
     """
     count, vocab_size = logits.shape
-    points = torch.tensor(uniforms, dtype=torch.float64, device=logits.device).unsqueeze(-1)
-    rows = max(1, CHUNK_ELEMENTS // vocab_size)
+    points = uniforms.unsqueeze(-1)
+    rows = max(1, (DEVICE_CHUNK_ELEMENTS if logits.is_cuda else CHUNK_ELEMENTS) // vocab_size)
     drawn = []
     for start in range(0, count, rows):
         # In float64: float32 sums over a large vocabulary would drop the unlikeliest tokens.

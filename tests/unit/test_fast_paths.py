@@ -53,6 +53,10 @@ FAST_PATHS: dict[str, tuple[str, str]] = {
         "engine.ops.cpu.gemm.rounded",
         f"{CPU_KERNELS}::test_integer_products_are_those_of_a_rounded_row",
     ),
+    "sampling on the device": (
+        "engine.sampling.sampler.Sampler",
+        "tests/unit/test_sampling_on_device.py::test_the_same_tokens",
+    ),
     # Forms of torch.
     "attention by scaled_dot_product_attention": (
         "engine.ops.attention.attention_reference",

@@ -28,7 +28,7 @@ class TopP(LogitsProcessor):
         normaliser = logits.logsumexp(-1, keepdim=True)
         vocab_size = logits.shape[-1]
         best, tokens = logits.topk(min(NUCLEUS_TOKENS, vocab_size), dim=-1)
-        keep, mass = _nucleus(best, normaliser, top_p)
+        keep, mass = nucleus(best, normaliser, top_p)
         filtered = torch.full_like(logits, -torch.inf)
         filtered.scatter_(-1, tokens, best.masked_fill_(~keep, -torch.inf))
         # What top_k left of a row may be fewer tokens than were sorted, without ever reaching p in rounded sums.
@@ -36,14 +36,14 @@ class TopP(LogitsProcessor):
         if vocab_size > NUCLEUS_TOKENS and bool(whole.any()):
             rows = whole.nonzero().squeeze(-1)
             best, tokens = logits[rows].sort(dim=-1, descending=True)
-            keep, _ = _nucleus(best, normaliser[rows], top_p[rows])
+            keep, _ = nucleus(best, normaliser[rows], top_p[rows])
             filtered[rows] = torch.full_like(best, -torch.inf).scatter_(
                 -1, tokens, best.masked_fill_(~keep, -torch.inf)
             )
         return filtered
 
 
-def _nucleus(best: Tensor, normaliser: Tensor, top_p: Tensor) -> tuple[Tensor, Tensor]:
+def nucleus(best: Tensor, normaliser: Tensor, top_p: Tensor) -> tuple[Tensor, Tensor]:
     """Which of the likeliest tokens are in the nucleus, and the probability of all given.
 
     Args:
