@@ -18,6 +18,7 @@ from engine.config import RopeConfig
 from engine.context import ForwardContext
 from engine.errors import FormatError
 from engine.ops import cpu
+from engine.ops.backends import uses_triton_forward
 
 
 class RotaryEmbedding:
@@ -151,6 +152,10 @@ class RotaryEmbedding:
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotates the first R dimensions of x [T, H, head_dim] by cos and sin [T, R]; dimension i pairs with i + R / 2."""
+    if uses_triton_forward(x, cos, sin):
+        from engine.ops.triton import rope as kernels
+
+        return kernels.apply_rope(x, cos, sin)
     if cpu.takes(x, cos, sin):
         return cpu.rope(x, cos, sin)
     rotary_dim = cos.shape[-1]

@@ -86,4 +86,6 @@ def implementations(device: torch.device) -> dict[str, str]:
         "attention.decode": kernels,
         "rms_norm": kernels,
         "gated_rms_norm": kernels,
+        "gated_activation": kernels,
+        "rope": kernels,
     }

@@ -1,6 +1,6 @@
-"""Sums and gated activations. Each is plain torch, which is the reference, or one pass of a kernel on a CPU.
+"""Sums and gated activations. Each is plain torch, which is the reference, or one pass of a kernel.
 
-Proof of the kernels: tests/unit/test_cpu_ops.py.
+Proof of the kernels: tests/unit/test_cpu_ops.py and test_triton_kernels.py.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from engine.errors import FormatError
 from engine.ops import cpu
+from engine.ops.backends import uses_triton_forward
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -40,6 +41,11 @@ def activation(name: str) -> Callable[[Tensor], Tensor]:
 
 def gated_activation(gate: Tensor, up: Tensor, name: str) -> Tensor:
     """activation(gate) * up (arXiv:2002.05202); both [..., D], ``name`` one of ACTIVATIONS."""
+    if gate.shape == up.shape and gate.dtype == up.dtype and uses_triton_forward(gate, up):
+        from engine.ops.triton import gated_activation as kernels
+
+        if name in kernels.ACTIVATIONS:
+            return kernels.gated_activation(gate, up, name)
     if gate.shape == up.shape and name in cpu.ACTIVATIONS and cpu.takes(gate, up):
         return cpu.gated_activation(gate, up, name)
     return ACTIVATIONS[name](gate) * up

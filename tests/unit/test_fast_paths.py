@@ -67,6 +67,8 @@ FAST_PATHS: dict[str, tuple[str, str]] = {
     "triton conv_step": ("engine.ops.causal_conv.causal_conv_step_slots", TRITON),
     "triton delta_step": ("engine.ops.delta_rule.gated_delta_step_slots", TRITON),
     "triton paged_attention": ("engine.ops.attention.attention_reference", TRITON),
+    "triton gated_activation": ("engine.ops.elementwise.ACTIVATIONS", TRITON),
+    "triton rope": ("engine.layers.rope.apply_rope", TRITON),
     "triton rms_norm": ("engine.ops.norm.rms_norm", TRITON),
 }
 

@@ -68,6 +68,20 @@ def rms_norm() -> None:
     rms_norm.rms_norm(x.view(-1, 128), x[0, :128], 1e-6, gate=x.view(-1, 128))
 
 
+def gated_activation() -> None:
+    from engine.ops.triton import gated_activation
+
+    x = narrow(8, 3584)
+    for name in ("silu", "sigmoid", "gelu_new"):
+        gated_activation.gated_activation(x, x, name)
+
+
+def rope() -> None:
+    from engine.ops.triton import rope
+
+    rope.apply_rope(narrow(8, 8, 512)[..., :256], torch.zeros(8, 64), torch.zeros(8, 64))
+
+
 CALLS: dict[str, tuple[Callable[[], None], int]] = {
     # By name: what calls the kernels, and how many it launches.
     "paged_attention, 0.8B hybrid": (lambda: paged_attention(1, 8, 2, 256, None, None), 3),
@@ -75,6 +89,8 @@ CALLS: dict[str, tuple[Callable[[], None], int]] = {
     "delta_step": (delta_step, 1),
     "conv_step": (conv_step, 1),
     "rms_norm": (rms_norm, 2),
+    "gated_activation": (gated_activation, 3),
+    "rope": (rope, 1),
 }
 
 

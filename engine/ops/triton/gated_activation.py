@@ -1,0 +1,62 @@
+"""An activation times its neighbour, in one pass: SwiGLU and its relatives (arXiv:2002.05202).
+
+Shapes: N rows, D width.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+ACTIVATIONS = {"silu": 0, "swish": 0, "sigmoid": 1, "gelu_new": 2, "gelu_pytorch_tanh": 2}
+"""Names of engine.ops.elementwise.ACTIVATIONS to what the kernel knows them by."""
+
+
+@triton.jit
+def _gated_activation(
+    gate_ptr,
+    up_ptr,
+    out_ptr,
+    gate_stride,
+    up_stride,
+    width,
+    KIND: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """A program takes BLOCK columns of a row."""
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < width
+    gate = tl.load(gate_ptr + row * gate_stride + columns, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(up_ptr + row * up_stride + columns, mask=inside, other=0.0).to(tl.float32)
+    if KIND == 0:
+        active = gate * tl.sigmoid(gate)
+    elif KIND == 1:
+        active = tl.sigmoid(gate)
+    else:
+        # (1 + tanh(u)) / 2 is sigmoid(2 u); u = sqrt(2 / pi) (x + 0.044715 x^3)
+        active = gate * tl.sigmoid(1.5957691216057308 * (gate + 0.044715 * gate * gate * gate))
+    tl.store(out_ptr + row * width + columns, (active * up).to(out_ptr.dtype.element_ty), mask=inside)
+
+
+def gated_activation(gate: Tensor, up: Tensor, name: str) -> Tensor:
+    """As engine.ops.elementwise.gated_activation, for gate and up [..., D] of one shape and type."""
+    width = gate.shape[-1]
+    out = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+    rows, ups = (x.reshape(-1, width) for x in (gate, up))  # views, where rows lie evenly apart
+    if not out.numel():
+        return out
+    assert width == 1 or rows.stride(1) == ups.stride(1) == 1
+    block = min(1024, triton.next_power_of_2(width))
+    _gated_activation[(len(rows), triton.cdiv(width, block))](
+        rows,
+        ups,
+        out,
+        rows.stride(0),
+        ups.stride(0),
+        width,
+        KIND=ACTIVATIONS[name],
+        BLOCK=block,
+        num_warps=4,
+    )
+    return out
