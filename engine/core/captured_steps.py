@@ -11,6 +11,7 @@ from engine.context import PagedCache, RecurrentStates
 from engine.core.cuda_graphs import CudaGraphs
 from engine.core.decode_graphs import DecodeGraphs
 from engine.core.loaded import LoadedModel
+from engine.lora.adapter import Adapter
 from engine.models.base import CausalLM
 from engine.ops import cpu
 from engine.ops.backends import uses_triton
@@ -20,7 +21,12 @@ class CapturedSteps(Protocol):
     """Decode steps that are captured once and replayed (engine.core.decode_graphs, engine.core.cuda_graphs)."""
 
     def logits(
-        self, tokens: Seq[int], computed: Seq[int], block_tables: Seq[Seq[int]], state_slots: Seq[int]
+        self,
+        tokens: Seq[int],
+        computed: Seq[int],
+        block_tables: Seq[Seq[int]],
+        state_slots: Seq[int],
+        adapters: Seq[Adapter | None],
     ) -> Tensor | None:
         """Runs a step of S sequences.
 
@@ -29,6 +35,7 @@ class CapturedSteps(Protocol):
             computed: per sequence, its tokens in the cache, at least 1.
             block_tables: per sequence, blocks that hold all its tokens, the new one included.
             state_slots: per sequence; empty for models without recurrent layers.
+            adapters: per sequence.
 
         Returns: [S, V] float32, valid until the next step; None if such steps cannot be captured.
         """

@@ -4,6 +4,9 @@ A graph has a fixed number of rows, so there is one for each of a few sizes, cap
 batch runs in the smallest that holds it; the rows that are left over decode a token of nobody: they write into the null
 block and the null slot, which are never a sequence's, and their logits are dropped.
 
+Adapters are found through a table of slots (engine.lora.slots), so that a graph is for those that touch the same
+modules, whichever they are.
+
 All graphs read the same tensors, in which each step puts its numbers: a copy from pinned memory for those of the rows,
 and one for each block table that has grown. The forward is recorded with nothing on the host but the number of rows: an
 operation that would need a length there fails in the capture, and steps of that size then run as they would without.
@@ -23,6 +26,8 @@ from torch import Tensor
 
 from engine.cache.block_pool import NULL_BLOCK
 from engine.context import DecodeInputs, ForwardContext, PagedCache, RecurrentStates
+from engine.lora.adapter import Adapter
+from engine.lora.slots import AdapterSlots, Reach, SlotLoRA
 from engine.models.base import CausalLM
 
 logger = logging.getLogger(__name__)
@@ -32,6 +37,9 @@ Capture = Callable[[Step], Step]
 """Records what a step does and returns its replay. It may run the step as well, which then must do no harm."""
 
 MAX_ROWS = 256
+MAX_REACHES = 8
+"""Kinds of adapters (engine.lora.slots.Reach) that steps are captured for, none included. Others run one by one."""
+
 NULL_SLOT = 0
 
 
@@ -66,41 +74,54 @@ class CudaGraphs:
         self._sizes = sizes(max_sequences)
         max_blocks = min(-(-max_model_len // cache.block_size), cache.keys[0].shape[0])
         self._inputs = StepInputs(self._sizes[-1], max_blocks, cache.block_size, device)
+        self._slots = AdapterSlots(list(model.linears()), device, model.compute_dtype)
         self._capture = capture or CudaCapture(device)
-        self._replays: dict[int, Step | None] = {}
+        self._replays: dict[tuple[int, Reach | None], Step | None] = {}
         self._logits: Tensor | None = None
 
     def logits(
-        self, tokens: Seq[int], computed: Seq[int], block_tables: Seq[Seq[int]], state_slots: Seq[int]
+        self,
+        tokens: Seq[int],
+        computed: Seq[int],
+        block_tables: Seq[Seq[int]],
+        state_slots: Seq[int],
+        adapters: Seq[Adapter | None],
     ) -> Tensor | None:
         """See CapturedSteps."""
         count = len(tokens)
         if count > self._sizes[-1]:
             return None
         size = self._sizes[bisect_left(self._sizes, count)]
-        if size not in self._replays:
-            self._replays[size] = self._captured(size)
-        replay = self._replays[size]
+        assigned = self._slots.assign(adapters)
+        if assigned is None:
+            return None
+        rows, reach = assigned
+        key = (size, reach if reach.modules else None)
+        if key not in self._replays:
+            if len({reach for _, reach in self._replays} | {key[1], None}) > MAX_REACHES:
+                return None
+            self._replays[key] = self._captured(*key)
+        replay = self._replays[key]
         if replay is None:
             return None
-        self._inputs.write(size, tokens, computed, block_tables, state_slots)
+        self._inputs.write(size, tokens, computed, block_tables, state_slots, rows)
         replay()
         assert self._logits is not None
         return self._logits[:count]
 
-    def _captured(self, size: int) -> Step | None:
+    def _captured(self, size: int, reach: Reach | None) -> Step | None:
         """The replay of a step of so many rows; None, and a word in the log, if it cannot be captured."""
-        self._inputs.write(size, (), (), (), ())  # a capture runs the step, which must be nobody's
+        self._inputs.write(size, (), (), (), (), ())  # a capture runs the step, which must be nobody's
         try:
             if self._logits is None:
                 # One for all sizes, and not of a graph's own memory, of which each size would hold its part.
                 self._logits = self._inputs.new(self._sizes[-1], self._model.head.out_features)
-            return self._capture(lambda: self._step(size))
+            return self._capture(lambda: self._step(size, reach))
         except Exception as error:  # noqa: BLE001 - whatever an operation raises that cannot be captured
             logger.warning("decode steps of %d rows are not captured and run one by one: %r", size, error)
             return None
 
-    def _step(self, size: int) -> None:
+    def _step(self, size: int, reach: Reach | None) -> None:
         inputs = self._inputs
         ctx = ForwardContext(
             positions=inputs.positions[:size],
@@ -116,6 +137,7 @@ class CudaGraphs:
                 None if self._states is None else inputs.state_slots[:size],
             ),
             states=self._states,
+            lora=None if reach is None else SlotLoRA(self._slots, inputs.adapter_slots[:size], reach),
             scratch={},
         )
         assert self._logits is not None
@@ -128,6 +150,7 @@ class StepInputs:
 
     Attributes:
         token_ids, positions, slot_mapping, kv_lens, state_slots: [R] int64; see ForwardContext and DecodeInputs.
+        adapter_slots: [R] int64, see engine.lora.slots; -1: none.
         tables: [R, W] int32, block tables. What stands behind a sequence's blocks means nothing.
         rows, rows32: 0, 1, 2 …: [R] int64, [R + 1] int32.
     """
@@ -136,13 +159,14 @@ class StepInputs:
         pinned = device.type == "cuda"
         self._device = device
         self._block_size = block_size
-        self._numbers_host = torch.zeros(5, num_rows, dtype=torch.int64, pin_memory=pinned)
+        self._numbers_host = torch.zeros(6, num_rows, dtype=torch.int64, pin_memory=pinned)
         self._tables_host = torch.zeros(num_rows, max_blocks, dtype=torch.int32, pin_memory=pinned)
         self._numbers = self._numbers_host.to(device)
         self.tables = self._tables_host.to(device, copy=True)
         if device.type == "cpu":
             self._numbers = self._numbers_host
-        self.token_ids, self.positions, self.slot_mapping, self.kv_lens, self.state_slots = self._numbers.unbind()
+        self.token_ids, self.positions, self.slot_mapping, self.kv_lens, *slots = self._numbers.unbind()
+        self.state_slots, self.adapter_slots = slots
         self.rows = torch.arange(num_rows, device=device)
         self.rows32 = torch.arange(num_rows + 1, dtype=torch.int32, device=device)
         # numpy writes a list into memory in a fraction of what an operation of torch costs.
@@ -162,15 +186,17 @@ class StepInputs:
         computed: Seq[int],
         block_tables: Seq[Seq[int]],
         state_slots: Seq[int],
+        adapter_slots: Seq[int],
     ) -> None:
         """Puts a step of ``size`` rows in; rows beyond the sequences are nobody's. See CapturedSteps.logits."""
         if self._copied is not None:
             self._copied.synchronize()  # long done, as the tokens of the step before have been read
         count, block_size = len(tokens), self._block_size
-        ids, positions, slots, kv_lens, states = self._arrays
+        ids, positions, slots, kv_lens, states, adapters = self._arrays
         ids[:count] = tokens
         positions[:count] = computed
         states[: len(state_slots)] = state_slots
+        adapters[:count] = adapter_slots
         for row, (position, table) in enumerate(zip(computed, block_tables, strict=True)):
             slots[row] = table[position // block_size] * block_size + position % block_size
             kv_lens[row] = position + 1
@@ -179,6 +205,7 @@ class StepInputs:
         slots[count:size] = NULL_BLOCK * block_size
         kv_lens[count:size] = 1
         states[count:size] = NULL_SLOT
+        adapters[count:size] = -1
         for row in range(count, size):
             self._write_table(row, (NULL_BLOCK,))
         if self._numbers is not self._numbers_host:

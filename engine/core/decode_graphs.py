@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from engine.context import DecodeInputs, ForwardContext, PagedCache, RecurrentStates
+from engine.lora.adapter import Adapter
 from engine.models.base import CausalLM
 from engine.ops import cpu
 
@@ -41,9 +42,16 @@ class DecodeGraphs:
         self._refused = False
 
     def logits(
-        self, tokens: Seq[int], computed: Seq[int], block_tables: Seq[Seq[int]], state_slots: Seq[int]
+        self,
+        tokens: Seq[int],
+        computed: Seq[int],
+        block_tables: Seq[Seq[int]],
+        state_slots: Seq[int],
+        adapters: Seq[Adapter | None],
     ) -> Tensor | None:
-        """See CapturedSteps."""
+        """See CapturedSteps. Products by adapters are torch's, so there is none with an adapter."""
+        if any(adapter is not None for adapter in adapters):
+            return None
         count = len(tokens)
         graph = self._graphs.get(count)
         if graph is None:

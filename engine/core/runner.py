@@ -186,14 +186,13 @@ class Runner:
         return self._sample(logits, [sequences[row] for row in ending])
 
     def _replay(self, entries: Seq[ScheduledSequence], sequences: Seq[Sequence], slots: Seq[int]) -> Tensor | None:
-        """Logits of a step in which each sequence decodes on the base, from a captured step; None if it is another."""
+        """Logits of a step in which each sequence decodes, from a captured step; None if there is no such."""
         if self._graphs is None:
             return None
         for entry, s in zip(entries, sequences, strict=True):
             if (
                 entry.num_tokens > 1
                 or s.num_computed_tokens == 0
-                or s.adapter is not None
                 or s.collects_prompt_logprobs
                 or not entry.reaches_end
             ):
@@ -203,6 +202,7 @@ class Runner:
             [s.num_computed_tokens for s in sequences],
             [s.block_table for s in sequences],
             slots,
+            [s.adapter for s in sequences],
         )
 
     def _sample(self, logits: Tensor, ended: Seq[Sequence]) -> dict[int, int | EngineError]:

@@ -16,6 +16,9 @@ import torch
 from engine.context import DecodeInputs, ForwardContext
 from engine.core import captured_steps, runner
 from engine.core.cuda_graphs import MAX_ROWS, CudaGraphs, Step, StepInputs, sizes
+from engine.engine import Engine
+from engine.lora import slots
+from engine.lora.adapter import Adapter
 from engine.ops import cpu
 from tests.engine.test_decode_graphs import MODELS, engine, tokens
 
@@ -34,19 +37,21 @@ def test_sizes() -> None:
 def test_inputs_of_a_step() -> None:
     """Rows, the rows of nobody, and tables that grow, shrink and change hands."""
     inputs = StepInputs(4, 6, 4, torch.device("cpu"))
+    # ids, computed, tables, and slots of states, which serve as those of adapters too
     steps = [
         ([7, 8, 9], [5, 0, 3], [[3, 5], [2], [9]], [4, 1, 2]),
         ([1, 1, 1], [8, 1, 4], [[3, 5, 6], [2], [9, 1]], [4, 1, 2]),
         ([2], [1], [[9, 1]], [3]),
         ([3, 3], [1, 17], [[8, 1], [2, 4, 6, 8, 10]], [3, 5]),
     ]
-    for ids, computed, tables, slots in steps:
-        inputs.write(4, ids, computed, tables, slots)
+    for ids, computed, tables, own in steps:
+        inputs.write(4, ids, computed, tables, own, own)
         count = len(ids)
         assert inputs.token_ids.tolist() == ids + [0] * (4 - count)
         assert inputs.positions.tolist() == computed + [0] * (4 - count)
         assert inputs.kv_lens.tolist() == [position + 1 for position in computed] + [1] * (4 - count)
-        assert inputs.state_slots.tolist() == slots + [0] * (4 - count)
+        assert inputs.state_slots.tolist() == own + [0] * (4 - count)
+        assert inputs.adapter_slots.tolist() == own + [-1] * (4 - count)
         places = [table[position // 4] * 4 + position % 4 for position, table in zip(computed, tables, strict=True)]
         assert inputs.slot_mapping.tolist() == places + [0] * (4 - count)
         for row, table in enumerate(tables):
@@ -111,16 +116,16 @@ def test_rows_of_nobody_write_nothing_of_others(tmp_path: Path) -> None:
     for tensor in everything:
         tensor.copy_(torch.randn(tensor.shape, generator=generator) * 0.1)
     before = [tensor.clone() for tensor in everything]
-    computed, tables, slots = [9, 3, 20], [[4], [7], [2, 9]], [3, 1, 4]
+    computed, tables, state_slots = [9, 3, 20], [[4], [7], [2, 9]], [3, 1, 4]
     with torch.inference_mode():
         graphs = CudaGraphs(model, cache, states, 64, 4, capture=run_again)
-        padded = graphs.logits([11, 12, 13], computed, tables, slots)
+        padded = graphs.logits([11, 12, 13], computed, tables, state_slots, [None] * 3)
         assert padded is not None
         padded = padded.clone()
         size = cache.block_size
         written = [table[p // size] * size + p % size for p, table in zip(computed, tables, strict=True)]
         for tensor, old in zip(everything, before, strict=True):
-            own = set(written) if tensor.shape[1] == size else set(slots)
+            own = set(written) if tensor.shape[1] == size else set(state_slots)
             flat, flat_old = (x.flatten(0, 1) if tensor.shape[1] == size else x for x in (tensor, old))
             nobodys = size if tensor.shape[1] == size else 1
             changed = (flat != flat_old).flatten(1).any(dim=1).nonzero().flatten().tolist()
@@ -137,13 +142,64 @@ def test_rows_of_nobody_write_nothing_of_others(tmp_path: Path) -> None:
             cache=cache,
             block_tables=torch.tensor([table + [0] * (width - len(table)) for table in tables], dtype=torch.int32),
             slot_mapping=torch.tensor(written),
-            decode=DecodeInputs(torch.arange(3), lens, torch.tensor(slots)),
+            decode=DecodeInputs(torch.arange(3), lens, torch.tensor(state_slots)),
             states=states,
-            state_slots=slots,
+            state_slots=state_slots,
             scratch={},
         )
         alone = model.compute_logits(model(torch.tensor([11, 12, 13]), ctx))
     torch.testing.assert_close(padded, alone, rtol=1e-5, atol=1e-5)
+
+
+def adapter(made: Engine, name: str, rank: int, part: str) -> Adapter:
+    """Over the linears whose names end so."""
+    generator = torch.Generator().manual_seed(rank)
+    modules = {}
+    for module, linear in made._models["tiny"].model.linears().items():
+        if module.endswith(part):
+            a = torch.randn(rank, linear.in_features, generator=generator) * 0.2
+            modules[module] = (a, torch.randn(linear.out_features, rank, generator=generator) * 0.2)
+    return Adapter(name=name, version=1, rank=rank, alpha=6.0, modules=modules)
+
+
+@pytest.mark.skipif(not cpu.available(), reason="the CPU kernels were not built or this CPU lacks AVX2")
+@pytest.mark.parametrize("kind", MODELS)
+def test_rows_of_several_adapters(
+    kind: str, tmp_path: Path, padded: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of other modules and ranks, beside the base, and fewer as requests end. With two slots, steps of three are not
+    captured."""
+    path = MODELS[kind](tmp_path / "model")
+    given = ["q", None, "all", "q", "wide", None]
+
+    def run(folder: str, **options: Any) -> dict[str, list[int]]:
+        made = engine(path, tmp_path / folder, **options)
+        for name, rank, part in (("q", 3, "q_proj"), ("all", 2, "proj"), ("wide", 11, "down_proj")):
+            made._models["tiny"].adapters.publish(adapter(made, name, rank, part))
+        return tokens(made, PROMPTS, LENGTHS, given)
+
+    wanted = run("eager", enable_decode_graphs=False)
+    assert run("graphs", max_running_requests=6) == wanted
+    assert all(rows for _, rows in padded)
+    padded.clear()
+    monkeypatch.setattr(slots, "NUM_SLOTS", 2)
+    assert run("few", max_running_requests=6) == wanted
+    assert {bool(rows) for _, rows in padded} == {True, False}
+
+
+def test_adapters_that_have_no_slot() -> None:
+    """Factors of experts, and of another type."""
+    given = slots.AdapterSlots(["q_proj"], torch.device("cpu"), torch.float32)
+    a, b = torch.ones(2, 8), torch.ones(4, 2)
+
+    def assigned(modules: dict[str, Any]) -> Any:
+        return given.assign([None, Adapter(name="a", version=1, rank=2, alpha=2.0, modules=modules)])
+
+    assert assigned({"q_proj": (a, b)}) == ([-1, 0], slots.Reach(frozenset({"q_proj"}), 8))
+    assert assigned({"experts.down_proj": (a[None], b[None])}) is None
+    assert assigned({"q_proj": (a.double(), b.double())}) is None
+    assert assigned({"q_proj": (a.T.contiguous().T, b)}) is None
+    assert given.assign([None]) == ([-1], slots.Reach(frozenset(), 8))
 
 
 def test_what_cannot_be_captured_runs_as_it_is(
@@ -178,4 +234,4 @@ def test_a_step_that_asks_the_host_for_lengths_is_not_captured(tmp_path: Path) -
     cache.keys = [x.double() for x in cache.keys]
     cache.values = [x.double() for x in cache.values]
     with torch.inference_mode():
-        assert CudaGraphs(model, cache, None, 64, 2, capture=run_again).logits([5], [3], [[2]], []) is None
+        assert CudaGraphs(model, cache, None, 64, 2, capture=run_again).logits([5], [3], [[2]], [], [None]) is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +29,15 @@ def engine(path: Path, state: Path, **options: Any) -> Engine:
     return made
 
 
-def tokens(made: Engine, prompts: list[list[int]], lengths: list[int]) -> dict[str, list[int]]:
+def tokens(
+    made: Engine, prompts: list[list[int]], lengths: list[int], adapters: Sequence[str | None] = ()
+) -> dict[str, list[int]]:
     """What greedy requests of those lengths give, which end at different steps."""
-    for number, (prompt, length) in enumerate(zip(prompts, lengths, strict=True)):
+    names = adapters or [None] * len(prompts)
+    for number, (prompt, length, name) in enumerate(zip(prompts, lengths, names, strict=True)):
         sampling = SamplingParams(temperature=0.0, max_tokens=length, ignore_eos=True)
-        made.add_request(Request(request_id=str(number), model="tiny", prompt_token_ids=prompt, sampling=sampling))
+        asked = Request(request_id=str(number), model="tiny", prompt_token_ids=prompt, sampling=sampling, adapter=name)
+        made.add_request(asked)
     found: dict[str, list[int]] = {str(number): [] for number in range(len(prompts))}
     while made.has_requests():
         for output in made.step():

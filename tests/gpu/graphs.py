@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import tempfile
+
 import torch
 
 from engine.core.cuda_graphs import CudaGraphs, Step
 from engine.engine import Engine
 from engine.ops import backends
-from tests.gpu.checks import check, needs
-from tests.gpu.models import CPU, PROMPTS, engine_on, generate, kinds
+from tests.gpu.checks import check
+from tests.gpu.elementwise import needs_triton
+from tests.gpu.models import CPU, PROMPTS, engine_on, generate, kinds, random_adapter
 
 
 def use_graphs(engine: Engine, device: torch.device, max_sequences: int) -> CudaGraphs:
@@ -30,9 +33,7 @@ def use_graphs(engine: Engine, device: torch.device, max_sequences: int) -> Cuda
 def tokens_of_graphs(device: torch.device) -> float:
     """Five sequences in eight rows, and as they end in four, two and one: the tokens of the CPU in plain torch, with
     graphs and without."""
-    if not backends.uses_triton(device):
-        needs("triton")
-        raise AssertionError("the Triton kernels are not in use")
+    needs_triton(device)
     long = device.type == "cuda"
     prompts = {f"p{i}": prompt for i, prompt in enumerate(PROMPTS if long else PROMPTS[1:4])}
     for kind in kinds(device):
@@ -46,10 +47,39 @@ def tokens_of_graphs(device: torch.device) -> float:
             for name, (tokens, _) in expected.items():
                 assert got[name][0] == tokens, f"{kind}, {name}, run {attempt}: {got[name][0]}, not {tokens}"
         assert graphs._replays, f"{kind}: nothing was captured"
-        refused = [size for size, replay in graphs._replays.items() if replay is None]
+        refused = [size for (size, _), replay in graphs._replays.items() if replay is None]
         assert not refused, f"{kind}: steps of {refused} rows were not captured"
         if long:
             assert isinstance(engine_on(device, kind)._models["tiny"].runner._graphs, CudaGraphs)  # type: ignore[union-attr]
             plain = generate(engine_on(device, kind, enable_decode_graphs=False), prompts, count)
             assert all(plain[name][0] == tokens for name, (tokens, _) in expected.items()), f"{kind}, graphs off"
+    return 0.0
+
+
+@check
+def tokens_of_graphs_with_adapters(device: torch.device) -> float:
+    """Rows with an adapter over all linears beside rows without: the tokens of the CPU in plain torch."""
+    needs_triton(device)
+    long = device.type == "cuda"
+    prompts = {f"p{i}": prompt for i, prompt in enumerate(PROMPTS if long else PROMPTS[1:4])}
+    adapters = {"p1": "a", "p2": "a"}
+
+    def run(where: torch.device, captured: bool) -> dict[str, list[int]]:
+        with tempfile.TemporaryDirectory(prefix="whet-gpu-") as folder:
+            engine = engine_on(where, kind, state_dir=folder)
+            loaded = engine._models["tiny"]
+            loaded.adapters.publish(random_adapter(loaded))
+            graphs = use_graphs(engine, where, len(prompts)) if captured else None
+            tokens = {name: found for name, (found, _) in generate(engine, prompts, count, adapters).items()}
+        if graphs is not None:
+            assert any(reach is not None for _, reach in graphs._replays), f"{kind}: no step with adapters was captured"
+            assert None not in graphs._replays.values(), f"{kind}: some steps were not captured"
+        return tokens
+
+    for kind in kinds(device):
+        count = 12 if long else 2
+        with backends.allow(triton=False, fla=False):
+            expected = run(CPU, False)
+        got = run(device, True)
+        assert got == expected, f"{kind}: {got}, not {expected}"
     return 0.0

@@ -99,11 +99,14 @@ def logits_in_bfloat16(device: torch.device) -> float:
     return worst.figure
 
 
-def generate(engine: Engine, prompts: dict[str, list[int]], max_tokens: int = 3) -> dict[str, tuple[list[int], int]]:
-    """Greedy tokens by name, and how many prompt tokens were cached."""
+def generate(
+    engine: Engine, prompts: dict[str, list[int]], max_tokens: int = 3, adapters: dict[str, str] | None = None
+) -> dict[str, tuple[list[int], int]]:
+    """Greedy tokens by name, and how many prompt tokens were cached. adapters: of some names."""
     sampling = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True)
     for name, prompt in prompts.items():
-        engine.add_request(Request(request_id=name, model="tiny", prompt_token_ids=prompt, sampling=sampling))
+        asked = Request(request_id=name, model="tiny", prompt_token_ids=prompt, sampling=sampling)
+        engine.add_request(dataclasses.replace(asked, adapter=(adapters or {}).get(name)))
     tokens: dict[str, list[int]] = {name: [] for name in prompts}
     cached: dict[str, int] = {}
     while engine.has_requests():

@@ -82,6 +82,15 @@ def rope() -> None:
     rope.apply_rope(narrow(8, 8, 512)[..., :256], torch.zeros(8, 64), torch.zeros(8, 64))
 
 
+def lora_rows() -> None:
+    from engine.ops.triton import lora_rows
+
+    addresses, numbers, scalings = index(32, 7, 2), index(32, 7), torch.zeros(32, 7)
+    for rank in (8, 64):
+        table = addresses[:, 3], numbers[:, 3], scalings[:, 3]
+        lora_rows.add_rows(narrow(8, 2048), narrow(8, 1024), index(8), *table, rank)
+
+
 CALLS: dict[str, tuple[Callable[[], None], int]] = {
     # By name: what calls the kernels, and how many it launches.
     "paged_attention, 0.8B hybrid": (lambda: paged_attention(1, 8, 2, 256, None, None), 3),
@@ -91,6 +100,7 @@ CALLS: dict[str, tuple[Callable[[], None], int]] = {
     "rms_norm": (rms_norm, 2),
     "gated_activation": (gated_activation, 3),
     "rope": (rope, 1),
+    "lora_rows": (lora_rows, 4),
 }
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import REPOSITORY
-from tests.gpu import attention, elementwise, graphs, kernels, models, sampling  # noqa: F401 - they register checks
+from tests.gpu import attention, elementwise, graphs, kernels, lora, models, sampling  # noqa: F401 - they register checks
 from tests.gpu.checks import CHECKS
 
 pytestmark = [
@@ -28,7 +28,7 @@ pytestmark = [
 NAMES = [
     name
     for name in CHECKS
-    if name.startswith(("kernels.", "attention.", "elementwise.")) and not name.endswith("by_fla")
+    if name.startswith(("kernels.", "attention.", "elementwise.", "lora.")) and not name.endswith("by_fla")
 ]
 NAMES += ["models.greedy_tokens", "models.prefix_hits"]
 
