@@ -36,7 +36,8 @@ class BlockType:
         half_scales: scales and offsets are exact in float16; else they are products, exact in float32.
         has_offsets: or all offsets are 0.
         zero_point: subtracted from the kept integers.
-        decode: blocks [n, block_bytes] to its Parts, integers [n, block_size] uint8 or int8.
+        decode: blocks [n, block_bytes] to its Parts, integers [n, block_size] int8, or [n, block_size / 2] uint8 of two
+            a byte.
     """
 
     name: str
@@ -51,13 +52,26 @@ class BlockType:
 
 
 def _half(blocks: Bytes, start: int) -> npt.NDArray[Any]:
-    return np.ascontiguousarray(blocks[:, start : start + 2]).view(np.float16)
+    return np.ascontiguousarray(blocks.view("<f2")[:, start // 2 : start // 2 + 1])
 
 
 def _nibbles(data: Bytes, width: int) -> Bytes:
     """Of runs of ``width`` bytes, first all lower halves, then all upper ones: [n, B] to [n, 2 B]."""
     runs = data.reshape(len(data), -1, 1, width)
     return np.concatenate((runs & 15, runs >> 4), axis=2).reshape(len(data), -1)
+
+
+def _pairs(data: Bytes, width: int) -> Bytes:
+    """The same integers, two consecutive ones a byte, the earlier one in the lower half: [n, B] to [n, B]."""
+    words = np.ascontiguousarray(data).view("<u8").reshape(-1)
+    out = np.empty((len(words) * 8 // width, 2, width // 16), "<u8")
+    for half in range(2):
+        if half:
+            words = words >> np.uint64(4)
+        # Of the 16 bits of two bytes, the 4 of the first and, moved next to them, the 4 of the second.
+        both = words & np.uint64(0x000F000F000F000F) | words >> np.uint64(4) & np.uint64(0x00F000F000F000F0)
+        out[:, half] = both.view("<u2").astype(np.uint8).view("<u8").reshape(len(out), -1)
+    return out.view(np.uint8).reshape(len(data), -1)
 
 
 def _fifth_bits(data: Bytes) -> Bytes:
@@ -73,11 +87,11 @@ def _scales_and_mins(data: Bytes) -> tuple[Bytes, Bytes]:
 
 
 def _q4_0(blocks: Bytes) -> Parts:
-    return _nibbles(blocks[:, 2:], 16), _half(blocks, 0), None
+    return _pairs(blocks[:, 2:], 16), _half(blocks, 0), None
 
 
 def _q4_1(blocks: Bytes) -> Parts:
-    return _nibbles(blocks[:, 4:], 16), _half(blocks, 0), _half(blocks, 2)
+    return _pairs(blocks[:, 4:], 16), _half(blocks, 0), _half(blocks, 2)
 
 
 def _q5_0(blocks: Bytes) -> Parts:
@@ -102,7 +116,7 @@ def _k_groups(blocks: Bytes) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
 
 
 def _q4_k(blocks: Bytes) -> Parts:
-    return _nibbles(blocks[:, 16:], 32), *_k_groups(blocks)
+    return _pairs(blocks[:, 16:], 32), *_k_groups(blocks)
 
 
 def _q5_k(blocks: Bytes) -> Parts:
@@ -148,8 +162,6 @@ def take_apart(block: BlockType, rows: Bytes, num_inputs: int) -> Parts:
     Returns: integers [R, I] int8, or [R, I / 2] uint8 of two a byte, the lower half first; scales and offsets [R, G].
     """
     values, scales, offsets = block.decode(rows.reshape(-1, block.block_bytes))
-    values = values.reshape(len(rows), num_inputs)
-    if block.bits == 4:
-        values = values[:, 0::2] | values[:, 1::2] << np.uint8(4)
+    values = values.reshape(len(rows), num_inputs * block.bits // 8)
     shape = (len(rows), num_inputs // block.group_size)
     return np.ascontiguousarray(values), scales.reshape(shape), None if offsets is None else offsets.reshape(shape)

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -33,6 +33,9 @@ KEPT = re.compile(r"(.*\.(\w+_proj|embed_tokens)|lm_head)\.weight")
 
 PARTS = ("weight_q", "weight_scale", "weight_offset")
 """Names of what a matrix in blocks consists of, in the order of gguf_blocks.take_apart."""
+
+
+Rows = TypeVar("Rows", Tensor, npt.NDArray[Any])
 
 
 class GGUFCheckpoint:
@@ -136,9 +139,12 @@ class GGUFCheckpoint:
                     continue
                 # A small matrix is one piece: where that is contiguous, there is nothing to copy.
                 alone = len(part) == 1 and part[0].flags.carray
-                whole = torch.from_numpy(part[0] if alone else np.concatenate(part))
-                parts.append(_unpermute(whole, self._heads(target)) if target.change == "permuted" else whole)
+                whole = part[0] if alone else np.concatenate(part)
+                if target.change == "permuted":
+                    whole = _unpermute(whole, self._heads(target))
+                parts.append(torch.from_numpy(whole))
             self._last = name, parts
+            self.file.release(tensor)
         return self._last[1][index]
 
     def _heads(self, target: Target) -> int:
@@ -162,6 +168,7 @@ class GGUFCheckpoint:
                 out[start : start + step] = torch.from_numpy(np.ascontiguousarray(values, np.float32)).view(-1, columns)
         except (NotImplementedError, KeyError, ValueError) as error:
             raise FormatError(f"{self.path}: tensor {tensor.name!r} of type {kind.name}: {error}") from error
+        self.file.release(tensor)
         return out.view(tensor.shape)
 
 
@@ -172,7 +179,7 @@ def _size(tensor: GGUFTensor) -> int:
     return count
 
 
-def _unpermute(values: Tensor, num_heads: int) -> Tensor:
+def _unpermute(values: Rows, num_heads: int) -> Rows:
     """Undoes llama.cpp's reordering of q and k for its interleaved rotary embedding.
 
     The converter splits the rows of each head in two halves and interleaves them; this takes them apart again.
@@ -181,4 +188,5 @@ def _unpermute(values: Tensor, num_heads: int) -> Tensor:
         values: [num_heads * head_dim, ...].
     """
     half = values.shape[0] // num_heads // 2
-    return values.reshape(num_heads, half, 2, *values.shape[1:]).transpose(1, 2).reshape(values.shape).contiguous()
+    apart = values.reshape(num_heads, half, 2, *values.shape[1:]).swapaxes(1, 2)
+    return apart.reshape(values.shape)

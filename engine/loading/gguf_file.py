@@ -2,7 +2,7 @@
 
 ``gguf.GGUFReader`` trusts its input: a count of 2^60 elements keeps it busy for ever. This reader checks every count
 and length against the bytes that are left before it acts on it, so a hostile file costs time and memory in proportion
-to its size. Tensor types, their block sizes and their decoding stay the ``gguf`` package's.
+to its size. Decoding stays the ``gguf`` package's, which is imported only for it: it takes a tenth of a second.
 
 Source: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. Reference: tests/parity/test_gguf_loading.py.
 """
@@ -29,6 +29,18 @@ MAX_ALIGNMENT = 1 << 20
 
 _SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<B", 10: "<Q", 11: "<q", 12: "<d"}
 _BOOL, _STRING, _ARRAY = 7, 8, 9
+_LENGTH = struct.Struct("<Q")
+
+# fmt: off
+BLOCK_SIZES: dict[int, tuple[int, int]] = {
+    0: (1, 4), 1: (1, 2), 2: (32, 18), 3: (32, 20), 6: (32, 22), 7: (32, 24), 8: (32, 34), 9: (32, 40), 10: (256, 84),
+    11: (256, 110), 12: (256, 144), 13: (256, 176), 14: (256, 210), 15: (256, 292), 16: (256, 66), 17: (256, 74),
+    18: (256, 98), 19: (256, 50), 20: (32, 18), 21: (256, 110), 22: (256, 82), 23: (256, 136), 24: (1, 1), 25: (1, 2),
+    26: (1, 4), 27: (1, 8), 28: (1, 8), 29: (256, 56), 30: (1, 2), 34: (256, 54), 35: (256, 66), 39: (32, 17),
+    40: (64, 36), 41: (128, 18),
+}
+# fmt: on
+"""Values of a block of each of ggml's types, and bytes of one (GGML_QUANT_SIZES of gguf.constants)."""
 _MIN_ENTRY_BYTES = 8 + 1 + 4 + 1  # key length, a one-byte key, type, the smallest value
 _MIN_TENSOR_BYTES = 8 + 1 + 4 + 8 + 4 + 8  # name length, a one-byte name, rank, one dimension, type, offset
 
@@ -133,14 +145,18 @@ class GGUFFile:
         """The stored bytes of a tensor, a view of the mapping, [num_bytes] uint8."""
         return np.frombuffer(self.map, np.uint8, tensor.num_bytes, tensor.offset)
 
+    def release(self, tensor: GGUFTensor) -> None:
+        """Gives the memory of a tensor's pages back, for one that has been copied; reading it again maps them again."""
+        start = -(-tensor.offset // mmap.PAGESIZE) * mmap.PAGESIZE
+        end = (tensor.offset + tensor.num_bytes) // mmap.PAGESIZE * mmap.PAGESIZE
+        if end > start:
+            self.map.madvise(mmap.MADV_DONTNEED, start, end - start)
+
     def _data_start(self, end: int) -> int:
         return -(-end // self.alignment) * self.alignment
 
     @cached_property
     def _tensor_section(self) -> tuple[dict[str, GGUFTensor], int]:
-        from gguf.constants import GGML_QUANT_SIZES
-
-        sizes = {int(kind): size for kind, size in GGML_QUANT_SIZES.items()}
         self._at = self._tensors_at
         found: list[tuple[str, tuple[int, ...], int, int, int]] = []
         names: set[str] = set()
@@ -154,9 +170,9 @@ class GGUFFile:
                 self._fault(f"has tensor {name!r} of {rank} dimensions; accepted: 1 to {MAX_DIMENSIONS}")
             dims = struct.unpack(f"<{rank}Q", self._take(8 * rank))
             type_id, offset = int(self._unpack("<I")), int(self._unpack("<Q"))
-            if type_id not in sizes:
+            if type_id not in BLOCK_SIZES:
                 self._fault(f"has tensor {name!r} of the unknown type {type_id}")
-            block, block_bytes = sizes[type_id]
+            block, block_bytes = BLOCK_SIZES[type_id]
             count = 1
             for dim in dims:  # Python integers: the product cannot overflow
                 count *= dim
@@ -195,6 +211,28 @@ class GGUFFile:
         except UnicodeDecodeError:
             self._fault(f"has {what} that is not UTF-8: {data[:40]!r}")
 
+    def _strings(self, what: str, count: int) -> list[str]:
+        """As ``_string``, which would take most of the time of opening a file for a vocabulary and its merges."""
+        if count * _LENGTH.size > self._size - self._at:
+            self._fault(f"is too short for {count} strings: {what}")
+        content, at, last = self.map, self._at, self._size - _LENGTH.size
+        found: list[str] = []
+        for _ in range(count):
+            if at > last:
+                self._fault(f"ends within its header, at byte {self._size}")
+            (length,) = _LENGTH.unpack_from(content, at)
+            at += _LENGTH.size
+            end = at + length
+            if end > self._size:
+                self._fault(f"has {what} of {length} bytes; accepted: at most {self._size - at}")
+            try:
+                found.append(content[at:end].decode())
+            except UnicodeDecodeError:
+                self._fault(f"has {what} that is not UTF-8: {content[at : min(end, at + 40)]!r}")
+            at = end
+        self._at = at
+        return found
+
     def _value(self, key: str, kind: int) -> Any:
         if kind == _STRING:
             return self._string(f"a value of {key!r}", self._size)
@@ -208,9 +246,7 @@ class GGUFFile:
     def _array(self, key: str) -> list[Any]:
         kind, count = int(self._unpack("<I")), int(self._unpack("<Q"))
         if kind == _STRING:
-            if count * 8 > self._size - self._at:
-                self._fault(f"is too short for {count} strings of {key!r}")
-            return [self._string(f"a value of {key!r}", self._size) for _ in range(count)]
+            return self._strings(f"a value of {key!r}", count)
         if kind not in _SCALARS:
             self._fault(f"has metadata {key!r}, an array of the type {kind}; accepted: scalars or strings")
         data = self._take(count * struct.calcsize(_SCALARS[kind]))

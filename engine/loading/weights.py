@@ -74,6 +74,7 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint, dtype: torch.dtype, d
                 f"{checkpoint.path}: tensor {sources[name]!r} has shape {list(shape)}; accepted: {list(expected.shape)}"
             )
     total = 0
+    owners = _owners(model)
     for name, expected in wanted.items():
         value = checkpoint.get(sources[name])
         if value.is_floating_point() != expected.is_floating_point():
@@ -81,7 +82,7 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint, dtype: torch.dtype, d
                 f"{checkpoint.path}: tensor {sources[name]!r} is {value.dtype}; accepted: a type like {expected.dtype}"
             )
         value = value.to(device).to(expected.dtype)
-        _replace(model, name, value)
+        _replace(model, name, expected, value, owners)
         total += value.numel() * value.element_size()
     return total
 
@@ -149,18 +150,26 @@ def _named_tensors(model: nn.Module) -> dict[str, Tensor]:
     return unique
 
 
-def _replace(model: nn.Module, name: str, value: Tensor) -> None:
-    path, _, leaf = name.rpartition(".")
-    module = model.get_submodule(path)
-    old = getattr(module, leaf)
+Owners = dict[int, list[tuple[nn.Module, str]]]
+
+
+def _owners(model: nn.Module) -> Owners:
+    """The modules that have a parameter, and its name there, by the parameter's id: one may be shared."""
+    owners: Owners = {}
+    for module in model.modules():
+        for key, parameter in module._parameters.items():
+            owners.setdefault(id(parameter), []).append((module, key))
+    return owners
+
+
+def _replace(model: nn.Module, name: str, old: Tensor, value: Tensor, owners: Owners) -> None:
     if isinstance(old, nn.Parameter):
         new = nn.Parameter(value, requires_grad=False)
-        for other in model.modules():  # a parameter shared by two modules stays shared
-            for key, parameter in other._parameters.items():
-                if parameter is old:
-                    other._parameters[key] = new
+        for module, key in owners[id(old)]:
+            module._parameters[key] = new
     else:
-        module._buffers[leaf] = value
+        path, _, leaf = name.rpartition(".")
+        model.get_submodule(path)._buffers[leaf] = value
 
 
 def _few(names: list[str]) -> str:

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from engine.errors import FormatError
 from engine.loading.checkpoint import open_checkpoint
 from engine.loading.gguf_config import gguf_config
-from engine.loading.gguf_file import GGUFFile
+from engine.loading.gguf_file import BLOCK_SIZES, GGUFFile
 from tests.unit.loading_files import llama_metadata, llama_tensors, write_gguf
 
 FUZZ_SECONDS = 10.0
@@ -48,6 +48,10 @@ def test_reader_agrees_with_the_gguf_package(smollm2_gguf: Path) -> None:
     assert [(t.name, t.shape, t.type_id, t.offset, t.num_bytes) for t in ours.tensors.values()] == [
         (t.name, tuple(t.shape.tolist())[::-1], int(t.tensor_type), t.data_offset, t.n_bytes) for t in theirs.tensors
     ]
+
+
+def test_block_sizes_are_those_of_the_gguf_package() -> None:
+    assert {int(kind): size for kind, size in gguf.constants.GGML_QUANT_SIZES.items()} == BLOCK_SIZES
 
 
 def test_values_are_those_of_the_file_in_hugging_face_layout(tiny: Path) -> None:

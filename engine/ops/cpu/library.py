@@ -263,6 +263,12 @@ class capture(TorchDispatchMode):  # type: ignore[no-untyped-call]
         _capture.program, _capture.arena = None, None
         super().__exit__(*error)  # type: ignore[no-untyped-call]
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Torch's switch: else the first operation in a capture imports torch._dynamo (2 s, 65 MB) to tell it to keep
+        away from here. Nothing is compiled within a capture."""
+        return False
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if not (func.is_view or func.overloadpacket in _RESERVING) and self._program.foreign is None:
             self._program.foreign = str(func)
