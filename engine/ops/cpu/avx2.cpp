@@ -89,6 +89,11 @@ inline Vec dot_signed(Bytes w, Bytes x) {
   return _mm256_cvtepi32_ps(
       _mm256_madd_epi16(_mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w)), _mm256_set1_epi16(1)));
 }
+// The first `count` lanes, and 0 in the others.
+inline Vec first_lanes(Vec v, int count) {
+  const __m256i lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+  return _mm256_and_ps(v, _mm256_castsi256_ps(_mm256_cmpgt_epi32(_mm256_set1_epi32(count), lanes)));
+}
 inline Vec group_factors(const float* from) { return _mm256_broadcast_ss(from); }
 inline Vec load_half(const uint16_t* from) {
   return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));

@@ -14,8 +14,8 @@ namespace {
 constexpr int64_t kPieceBytes = 1 << 16;
 // Numbers that one piece of a cheap operation covers; less is not worth a second thread.
 constexpr int64_t kPieceNumbers = 1 << 14;
-// Tokens of a sequence whose softmax is taken together.
-constexpr int64_t kSpan = 256;
+// Tokens of a sequence whose softmax is taken together: few, since a short sequence has few pieces for the threads.
+constexpr int64_t kSpan = 64;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 

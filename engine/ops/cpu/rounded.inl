@@ -41,6 +41,7 @@ void round_row(const float* x, int64_t inputs, bool split, int8_t* values, float
 // Weights of kBytes values at a time, as a dot product with int8 takes them.
 struct Nibbles {
   static constexpr bool kSigned = false;
+  static constexpr int64_t kGroupBytes = kRounded / 2;
   template <bool kHalf>
   static Bytes read(const char* row, int64_t at) {
     return kHalf ? unpack_half_nibbles(row + at / 2) : unpack_nibbles(row + at / 2);
@@ -51,6 +52,7 @@ struct Nibbles {
 };
 struct SignedBytes {
   static constexpr bool kSigned = true;
+  static constexpr int64_t kGroupBytes = kRounded;
   template <bool kHalf>
   static Bytes read(const char* row, int64_t at) {
     return kHalf ? load_half_bytes(row + at) : load_bytes(row + at);
@@ -63,21 +65,21 @@ struct SignedBytes {
 constexpr int kVecGroups = kBytes / kRounded;
 constexpr int kBlockGroups = 64;  // groups whose scales are read together
 
-// `count` scales from group `first` on of row n, as floats, and zeros up to a whole vector; a weight's group may hold
-// several of ours.
-inline void read_scales(const Weight& w, const void* from, int64_t n, int64_t inputs, int64_t first, int64_t count,
-                        float* out) {
-  const int64_t wide = w.group_size / kRounded, start = n * (inputs / w.group_size);
+// The scales (or zeros, or offsets) of our groups [at, at + kLanes) of row n, of which `count` exist; 0 for the others.
+// A weight's group may hold several of ours.
+inline Vec read_grouped(const Weight& w, const void* from, int64_t n, int64_t groups, int64_t at, int64_t count) {
+  const int64_t wide = w.group_size / kRounded, start = n * (groups / wide);
   const auto* halves = static_cast<const uint16_t*>(from) + start;
   const auto* floats = static_cast<const float*>(from) + start;
-  int64_t i = 0;
-  for (; wide == 1 && i + kLanes <= count; i += kLanes)
-    store(out + i, w.half_scales != 0 ? load_half(halves + first + i) : load(floats + first + i));
-  for (; i < count; ++i) {
-    const int64_t at = (first + i) / wide;
-    out[i] = w.half_scales != 0 ? _cvtsh_ss(halves[at]) : floats[at];
+  // What lies past a row's end is of the next row; past the last row there is nothing to read.
+  if (wide == 1 && start + at + kLanes <= w.rows * groups) {
+    const Vec read = w.half_scales != 0 ? load_half(halves + at) : load(floats + at);
+    return count >= kLanes ? read : first_lanes(read, static_cast<int>(count));
   }
-  for (; i % kLanes != 0; ++i) out[i] = 0.0f;
+  float lanes[kLanes] = {};
+  for (int64_t i = 0; i < std::min<int64_t>(count, kLanes); ++i)
+    lanes[i] = w.half_scales != 0 ? _cvtsh_ss(halves[(at + i) / wide]) : floats[(at + i) / wide];
+  return load(lanes);
 }
 
 // Groups from `group` on, as many as a vector of bytes has, or half of them. The sums must stay in registers: only code
@@ -97,40 +99,49 @@ inline void add_groups(const char* const* rows, const int8_t* x, int64_t group, 
 // kWeights rows of W, from n on.
 template <typename Values, int kWeights>
 inline void rounded_strip(const Weight& weight, int64_t inputs, int64_t n, const Rounded& x, float* y) {
+  constexpr int64_t kStepBytes = kWeights * kVecGroups * Values::kGroupBytes;  // of W, of one step of the loop below
   const int64_t groups = inputs / kRounded;
   const float shift = static_cast<float>(Values::kSigned ? 0 : weight.shift);
   const bool has_offset = shift != 0.0f || weight.zeros != nullptr || weight.offsets != nullptr;
   const char* rows[kWeights];
   for (int r = 0; r < kWeights; ++r) rows[r] = Values::row(weight, n + r, inputs);
+  const char* ahead = rows[0] + kStripsAhead * kWeights * groups * Values::kGroupBytes;
   Vec corrections[kWeights], sums[kWeights];
 #pragma GCC unroll 4
   for (int r = 0; r < kWeights; ++r) sums[r] = corrections[r] = zero();
   for (int64_t first = 0; first < groups; first += kBlockGroups) {
     const int64_t count = std::min<int64_t>(kBlockGroups, groups - first);
     alignas(64) float factors[kWeights][kBlockGroups];
-    for (int r = 0; r < kWeights; ++r) {
-      alignas(64) float scale[kBlockGroups], offset[kBlockGroups], zeros[kBlockGroups];
-      read_scales(weight, weight.scales, n + r, inputs, first, count, scale);
-      if (weight.offsets != nullptr) read_scales(weight, weight.offsets, n + r, inputs, first, count, offset);
-      if (weight.zeros != nullptr) read_scales(weight, weight.zeros, n + r, inputs, first, count, zeros);
-      for (int64_t i = 0; i < count; i += kLanes) {
-        const Vec s = load(scale + i);
-        store(factors[r] + i, mul(s, load(x.scales + first + i)));
+    for (int64_t i = 0; i < count; i += kLanes) {
+      const Vec scales = load(x.scales + first + i), x_sums = load(x.sums + first + i);
+#pragma GCC unroll 4
+      for (int r = 0; r < kWeights; ++r) {
+        const auto read = [&](const void* from) {
+          return read_grouped(weight, from, n + r, groups, first + i, count - i);
+        };
+        const Vec s = read(weight.scales);
+        store(factors[r] + i, mul(s, scales));
         if (!has_offset) continue;
-        Vec zero_point = set1(shift);
-        if (weight.zeros != nullptr) zero_point = add(zero_point, load(zeros + i));
+        const Vec zero_point = weight.zeros != nullptr ? add(set1(shift), read(weight.zeros)) : set1(shift);
         Vec more = sub(zero(), mul(zero_point, s));
-        if (weight.offsets != nullptr) more = add(more, load(offset + i));
-        corrections[r] = fma(more, load(x.sums + first + i), corrections[r]);
+        if (weight.offsets != nullptr) more = add(more, read(weight.offsets));
+        corrections[r] = fma(more, x_sums, corrections[r]);
       }
     }
     int64_t i = 0;
-    for (; i + kVecGroups <= count; i += kVecGroups)
+    for (; i + kVecGroups <= count; i += kVecGroups, ahead += kStepBytes) {
+      for (int64_t line = 0; line < kStepBytes; line += 64) _mm_prefetch(ahead + line, _MM_HINT_T0);
       add_groups<Values, false>(rows, x.values, first + i, factors, i, sums);
+    }
     if (i < count) add_groups<Values, true>(rows, x.values, first + i, factors, i, sums);
   }
 #pragma GCC unroll 4
-  for (int r = 0; r < kWeights; ++r) y[n + r] = sum(add(sums[r], corrections[r]));
+  for (int r = 0; r < kWeights; ++r) sums[r] = add(sums[r], corrections[r]);
+  if constexpr (kWeights == 4) {
+    sum_of_four(sums, y + n);
+  } else {
+    for (int r = 0; r < kWeights; ++r) y[n + r] = sum(sums[r]);
+  }
 }
 
 template <typename Values>

@@ -17,6 +17,7 @@ struct Widen<Storage::kFloat32> {
     out[1] = load(row + at + kLanes);
   }
   float scalar(int64_t at) const { return row[at]; }
+  const void* address(int64_t at) const { return row + at; }
 };
 
 template <>
@@ -35,6 +36,7 @@ struct Widen<Storage::kBfloat16> {
     __builtin_memcpy(&value, &bits, sizeof(value));
     return value;
   }
+  const void* address(int64_t at) const { return row + at; }
 };
 
 // Where a row's scales, zero points and offsets lie.
@@ -87,6 +89,7 @@ struct Widen<Storage::kInt8> : Affine {
   void operator()(int64_t at, Vec* out) const {
     for (int i = 0; i < 16 / kLanes; ++i) out[i] = load_int8(row + at + i * kLanes);
   }
+  const void* address(int64_t at) const { return row + at; }
 };
 
 template <>
@@ -100,13 +103,19 @@ struct Widen<Storage::kInt4> : Affine {
         row(static_cast<const uint8_t*>(w.data) + n * (inputs / 2)),
         shift(static_cast<char>(w.shift)) {}
   void operator()(int64_t at, Vec* out) const { unpack_int4(row + at / 2, shift, out); }
+  const void* address(int64_t at) const { return row + at / 2; }
 };
 
+// Strips of W, of the rows that are multiplied together, between the one that is multiplied and the one that is fetched:
+// what a core multiplies in the time that memory takes to answer. A hardware prefetcher stops at each page.
+constexpr int64_t kStripsAhead = 2;
+
 // kWeights rows of W times kRows rows of x. One sum of vectors for each pair, over k in order: whatever tile a pair is
-// in, and whether its weights were widened before, its result is the same.
+// in, and whether its weights were widened before, its result is the same. `ahead`: how many weights further on to fetch;
+// 0: nothing.
 template <Storage kStorage, typename GroupOf, int kWeights, int kRows>
-inline void tile(const Widen<kStorage>* rows_of, int64_t inputs, int64_t group_size, const float* x, int64_t ldx, float* y,
-                 int64_t ldy) {
+inline void tile(const Widen<kStorage>* rows_of, int64_t inputs, int64_t group_size, int64_t ahead, const float* x,
+                 int64_t ldx, float* y, int64_t ldy) {
   constexpr int64_t kStep = Widen<kStorage>::kStep;
   constexpr int kVecs = kStep / kLanes;
   Widen<kStorage> widen[kWeights];
@@ -123,6 +132,7 @@ inline void tile(const Widen<kStorage>* rows_of, int64_t inputs, int64_t group_s
       for (int r = 0; r < kWeights; ++r) {
         Vec w[kVecs];
         widen[r](k, w);
+        if (ahead != 0) _mm_prefetch(static_cast<const char*>(widen[r].address(k + ahead)), _MM_HINT_T0);
 #pragma GCC unroll 8
         for (int i = 0; i < kVecs; ++i) {
           const Vec value = groups[r].value(w[i]);
@@ -136,18 +146,21 @@ inline void tile(const Widen<kStorage>* rows_of, int64_t inputs, int64_t group_s
     for (int m = 0; m < kRows; ++m) y[m * ldy + r] = sum(sums[r][m]);
 }
 
-// kWeights rows of W, from n on, times all rows of x.
+// kWeights rows of W, from n on, times all rows of x. The first tile fetches what the next strips need.
 template <Storage kStorage, typename GroupOf, int kWeights>
 void strip(const Weight& weight, int64_t inputs, int64_t whole, int64_t group_size, int64_t n, const float* x,
            int64_t ldx, int64_t rows, float* y, int64_t ldy) {
   Widen<kStorage> widen[kWeights];
   for (int r = 0; r < kWeights; ++r) widen[r] = Widen<kStorage>(weight, n + r, inputs);
-  int64_t m = 0;
-  for (; m + kTileRows <= rows; m += kTileRows)
-    tile<kStorage, GroupOf, kWeights, kTileRows>(widen, whole, group_size, x + m * ldx, ldx, y + m * ldy, ldy);
-  for (; m + 2 <= rows; m += 2)
-    tile<kStorage, GroupOf, kWeights, 2>(widen, whole, group_size, x + m * ldx, ldx, y + m * ldy, ldy);
-  for (; m < rows; ++m) tile<kStorage, GroupOf, kWeights, 1>(widen, whole, group_size, x + m * ldx, ldx, y + m * ldy, ldy);
+  const int64_t next = kStripsAhead * kWeights;
+  int64_t ahead = n + next < weight.rows ? next * inputs : 0, m = 0;
+  const auto tiles = [&]<int kRows>(std::integral_constant<int, kRows>) {
+    for (; m + kRows <= rows; m += kRows, ahead = 0)
+      tile<kStorage, GroupOf, kWeights, kRows>(widen, whole, group_size, ahead, x + m * ldx, ldx, y + m * ldy, ldy);
+  };
+  tiles(std::integral_constant<int, kTileRows>());
+  tiles(std::integral_constant<int, 2>());
+  tiles(std::integral_constant<int, 1>());
 }
 
 template <Storage kStorage>
@@ -168,6 +181,8 @@ void multiply_floats(const Weight& weight, int64_t inputs, int64_t begin, int64_
   }
 }
 
+constexpr int64_t kRowsAhead = 4;  // as kStripsAhead, for rows one by one
+
 template <Storage kStorage, bool kZeros>
 void widen_all(const Weight& weight, int64_t inputs, int64_t begin, int64_t end, float* out) {
   using W = Widen<kStorage>;
@@ -178,6 +193,7 @@ void widen_all(const Weight& weight, int64_t inputs, int64_t begin, int64_t end,
       for (int64_t k = start; k < start + weight.group_size; k += W::kStep) {
         Vec w[W::kStep / kLanes];
         widen(k, w);
+        _mm_prefetch(static_cast<const char*>(widen.address(k + kRowsAhead * inputs)), _MM_HINT_T0);
         for (int i = 0; i < W::kStep / kLanes; ++i) store(out + k + i * kLanes, group.value(w[i]));
       }
     }
@@ -202,6 +218,7 @@ void multiply_integers(const Weight& weight, int64_t inputs, int64_t begin, int6
   Weight wide{};
   wide.data = buffer.data();
   wide.storage = Storage::kFloat32;
+  wide.rows = 2;
   for (; n < end; n += 2) {
     const int64_t count = std::min<int64_t>(2, end - n);
     widen_all<kStorage, kZeros>(weight, inputs, n, n + count, buffer.data());

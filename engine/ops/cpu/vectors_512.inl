@@ -74,6 +74,8 @@ inline Bytes unpack_nibbles(const char* from) {
 inline Bytes unpack_half_nibbles(const char* from) {
   return widen_nibbles(_mm256_zextsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
 }
+// The first `count` lanes, and 0 in the others.
+inline Vec first_lanes(Vec v, int count) { return _mm512_maskz_mov_ps(static_cast<__mmask16>((1u << count) - 1), v); }
 inline Vec group_factors(const float* from) {
   return _mm512_insertf32x8(_mm512_castps256_ps512(_mm256_broadcast_ss(from)), _mm256_broadcast_ss(from + 1), 1);
 }
