@@ -14,6 +14,7 @@ from engine.core.memory import make_cache, make_states, plan_cache
 from engine.core.runner import Runner
 from engine.errors import OutOfMemoryError
 from engine.info import ModelInfo
+from engine.layers.joint import join_linears
 from engine.layers.linear import Embedding, Linear
 from engine.loading import Checkpoint, load_weights, open_checkpoint
 from engine.lora.store import AdapterStore
@@ -56,6 +57,8 @@ def load_checkpoint(
     for module in model.modules():
         if isinstance(module, Linear | Embedding):
             module.scheme.after_loading(module)
+    if device.type == "cuda":
+        join_linears(model)
     model.eval()
     info = _info(name, checkpoint.path, checkpoint, model, device, dtype, _max_model_len(model, engine_config))
     root = Path(engine_config.state_dir) / "adapters" / name if engine_config.state_dir else None

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from engine.config import ModelConfig
 from engine.context import ForwardContext
+from engine.layers.joint import JointLinears
 from engine.layers.linear import Linear
 from engine.layers.norm import RMSNorm
 from engine.layers.rope import apply_rope
@@ -53,6 +54,7 @@ class Attention(nn.Module):
         self.k_proj = linear("k_proj", config.hidden_size, kv_size, config.attention_bias)
         self.v_proj = linear("v_proj", config.hidden_size, kv_size, config.attention_bias)
         self.o_proj = linear("o_proj", q_size, config.hidden_size, config.attention_out_bias)
+        self.qkv = JointLinears(self.q_proj, self.k_proj, self.v_proj)
         self.q_norm: RMSNorm | None = None
         self.k_norm: RMSNorm | None = None
         if config.qk_norm:
@@ -67,13 +69,14 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, ctx: ForwardContext, cos: Tensor, sin: Tensor) -> Tensor:
         """x [T, D] and the rotation's cos and sin [T, R]: [T, D]."""
         num_tokens = x.shape[0]
+        q, k, v = self.qkv(x, ctx)
         gate: Tensor | None = None
         if self.output_gate:
-            q, gate = self.q_proj(x, ctx).view(num_tokens, -1, 2 * self.head_dim).chunk(2, dim=-1)
+            q, gate = q.view(num_tokens, -1, 2 * self.head_dim).chunk(2, dim=-1)
         else:
-            q = self.q_proj(x, ctx).view(num_tokens, -1, self.head_dim)
-        k = self.k_proj(x, ctx).view(num_tokens, -1, self.head_dim)
-        v = self.v_proj(x, ctx).view(num_tokens, -1, self.head_dim)
+            q = q.view(num_tokens, -1, self.head_dim)
+        k = k.view(num_tokens, -1, self.head_dim)
+        v = v.view(num_tokens, -1, self.head_dim)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)

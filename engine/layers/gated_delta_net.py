@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from engine.config import ModelConfig
 from engine.context import ForwardContext, RecurrentStates, StateSave
+from engine.layers.joint import JointLinears
 from engine.layers.linear import Linear
 from engine.layers.norm import GatedRMSNorm
 from engine.ops.causal_conv import causal_conv, causal_conv_step_slots
@@ -69,6 +70,7 @@ class GatedDeltaNet(nn.Module):
         self.in_proj_z = linear("in_proj_z", config.hidden_size, shape.value_dim)
         self.in_proj_b = linear("in_proj_b", config.hidden_size, shape.num_value_heads)
         self.in_proj_a = linear("in_proj_a", config.hidden_size, shape.num_value_heads)
+        self.in_proj = JointLinears(self.in_proj_qkv, self.in_proj_z, self.in_proj_b, self.in_proj_a)
         self.out_proj = linear("out_proj", shape.value_dim, config.hidden_size)
         self.conv1d = CausalConv(shape.conv_dim, shape.conv_width, dtype)
         # In float32 whatever the type of the model: the decay is exp(-exp(A_log) ...).
@@ -81,9 +83,8 @@ class GatedDeltaNet(nn.Module):
     def forward(self, x: Tensor, ctx: ForwardContext) -> Tensor:
         """x [T, D]: [T, D]. With ctx.states, the states of the batch's sequences are read and advanced."""
         shape, num_tokens = self.shape, x.shape[0]
-        qkv = self.in_proj_qkv(x, ctx)
-        z = self.in_proj_z(x, ctx).view(num_tokens, shape.num_value_heads, shape.value_head_dim)
-        b, a = self.in_proj_b(x, ctx), self.in_proj_a(x, ctx)
+        qkv, z, b, a = self.in_proj(x, ctx)
+        z = z.view(num_tokens, shape.num_value_heads, shape.value_head_dim)
         batch = _batch(ctx, qkv, shape.key_head_dim)
         if ctx.states is not None and batch.fresh is not None:
             for tensor in (ctx.states.windows[self.layer_index], ctx.states.matrices[self.layer_index]):

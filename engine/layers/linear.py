@@ -48,6 +48,10 @@ class Linear(nn.Module):
             y = self.scheme.apply(self, x)
         else:
             y = self.scheme.apply_with_bias(self, x, self.bias)
+        return self.add_lora(x, y, ctx)
+
+    def add_lora(self, x: Tensor, y: Tensor, ctx: ForwardContext) -> Tensor:
+        """y [T, out_features] plus the updates of the batch's adapters; y is used up."""
         if ctx.lora is not None and self.lora:
             y = ctx.lora.add(self.name, x, y)
         return y

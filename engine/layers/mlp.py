@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from engine.config import ModelConfig
 from engine.context import ForwardContext, Stage, State
+from engine.layers.joint import JointLinears
 from engine.layers.linear import Linear
 from engine.ops.elementwise import activation, gated_activation
 from engine.quantization.base import SchemeMap
@@ -46,6 +47,7 @@ class GatedMLP(nn.Module):
         self.gate_proj = linear("gate_proj", config.hidden_size, width)
         self.up_proj = linear("up_proj", config.hidden_size, width)
         self.down_proj = linear("down_proj", width, config.hidden_size)
+        self.gate_and_up = JointLinears(self.gate_proj, self.up_proj)
         activation(config.hidden_act)  # refuses what is not known
         self.activation = config.hidden_act
 
@@ -68,5 +70,6 @@ class GatedMLP(nn.Module):
 
     def forward(self, x: Tensor, ctx: ForwardContext) -> Tensor:
         """x [T, D]: [T, D]."""
-        gated = gated_activation(self.gate_proj(x, ctx), self.up_proj(x, ctx), self.activation)
+        gate, up = self.gate_and_up(x, ctx)
+        gated = gated_activation(gate, up, self.activation)
         return self.down_proj(gated, ctx)  # type: ignore[no-any-return]

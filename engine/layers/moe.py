@@ -88,8 +88,10 @@ class Experts(nn.Module):
         """x [T, D], weights and experts [T, K]: [T, D]."""
         num_tokens, top_k = experts.shape
         # Pairs of token and expert, sorted by expert, so that each expert's are one product.
-        order = experts.flatten().argsort(stable=True)
-        counts = torch.bincount(experts.flatten(), minlength=self.num_experts)
+        flat = experts.flatten()
+        order = flat.argsort(stable=True)
+        # torch.bincount would have the host wait for the largest number, and no graph can hold that.
+        counts = flat.new_zeros(self.num_experts).scatter_add_(0, flat, torch.ones_like(flat))
         tokens = order // top_k
         gate, up = self._project("gate_up_proj", x[tokens], tokens, counts, ctx).chunk(2, dim=-1)
         out = self._project("down_proj", self.act(gate) * up, tokens, counts, ctx)

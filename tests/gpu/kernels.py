@@ -167,7 +167,7 @@ def norms(device: torch.device) -> float:
     for shape, dtype in itertools.product(shapes, TYPES):
         draw = Numbers(device, len(shape))
         x = draw.normal(*shape[:-1], 2 * shape[-1], dtype=dtype, scale=3.0)[..., : shape[-1]]
-        gate = draw.normal(*shape, dtype=dtype, scale=2.0)
+        gate = draw.normal(*shape[:-1], 3 * shape[-1], dtype=dtype, scale=2.0)[..., shape[-1] : 2 * shape[-1]]
         weight = draw.normal(shape[-1], dtype=dtype)
         x_, gate_, weight_ = wide(x, gate, weight)
         with torch.inference_mode():

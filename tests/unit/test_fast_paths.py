@@ -63,6 +63,10 @@ FAST_PATHS: dict[str, tuple[str, str]] = {
         "tests/unit/test_attention.py",
     ),
     "delta rule by chunks": ("engine.ops.delta_rule.recurrent_gated_delta_rule", "tests/unit/test_delta_rule.py"),
+    "linears of one input as one product": (
+        "engine.layers.linear.Linear",
+        "tests/unit/test_joint_linears.py::test_the_same_outputs",
+    ),
     # Kernels for CUDA, here in Triton's interpreter; on a device: tests/gpu.
     "triton conv_step": ("engine.ops.causal_conv.causal_conv_step_slots", TRITON),
     "triton delta_step": ("engine.ops.delta_rule.gated_delta_step_slots", TRITON),

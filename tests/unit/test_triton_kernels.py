@@ -22,15 +22,15 @@ pytestmark = [
     ),
     pytest.mark.timeout(1200),  # half a minute on an idle core; beside other work, as long as that takes
 ]
-# The package's kernels take minutes in the interpreter (test_flash_linear_attention). Of whole models, those that
-# decode through the kernels: other checks would compare the CPU with itself. What graphs need of the engine, and
+# The package's kernels take minutes in the interpreter (test_flash_linear_attention). Of whole models, the one
+# that decodes through the kernels: most others would compare the CPU with itself. What graphs need of the engine, and
 # sampling, have tests that take less time (tests/engine/test_cuda_graphs.py, tests/unit/test_sampling_on_device.py).
 NAMES = [
     name
     for name in CHECKS
     if name.startswith(("kernels.", "attention.", "elementwise.", "lora.")) and not name.endswith("by_fla")
 ]
-NAMES += ["models.greedy_tokens", "models.prefix_hits"]
+NAMES.append("models.greedy_tokens")
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from engine.ops.triton import rows_of
+
 ACTIVATIONS = {"silu": 0, "swish": 0, "sigmoid": 1, "gelu_new": 2, "gelu_pytorch_tanh": 2}
 """Names of engine.ops.elementwise.ACTIVATIONS to what the kernel knows them by."""
 
@@ -17,9 +19,13 @@ def _gated_activation(
     gate_ptr,
     up_ptr,
     out_ptr,
-    gate_stride,
-    up_stride,
     width,
+    gate_inner,
+    gate_outer_stride,
+    gate_inner_stride,
+    up_inner,
+    up_outer_stride,
+    up_inner_stride,
     KIND: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -27,8 +33,10 @@ def _gated_activation(
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < width
-    gate = tl.load(gate_ptr + row * gate_stride + columns, mask=inside, other=0.0).to(tl.float32)
-    up = tl.load(up_ptr + row * up_stride + columns, mask=inside, other=0.0).to(tl.float32)
+    from_gate = row // gate_inner * gate_outer_stride + row % gate_inner * gate_inner_stride
+    from_up = row // up_inner * up_outer_stride + row % up_inner * up_inner_stride
+    gate = tl.load(gate_ptr + from_gate + columns, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(up_ptr + from_up + columns, mask=inside, other=0.0).to(tl.float32)
     if KIND == 0:
         active = gate * tl.sigmoid(gate)
     elif KIND == 1:
@@ -43,18 +51,18 @@ def gated_activation(gate: Tensor, up: Tensor, name: str) -> Tensor:
     """As engine.ops.elementwise.gated_activation, for gate and up [..., D] of one shape and type."""
     width = gate.shape[-1]
     out = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
-    rows, ups = (x.reshape(-1, width) for x in (gate, up))  # views, where rows lie evenly apart
     if not out.numel():
         return out
-    assert width == 1 or rows.stride(1) == ups.stride(1) == 1
+    gate, *gate_rows = rows_of(gate)
+    up, *up_rows = rows_of(up)
     block = min(1024, triton.next_power_of_2(width))
-    _gated_activation[(len(rows), triton.cdiv(width, block))](
-        rows,
-        ups,
+    _gated_activation[(out.numel() // width, triton.cdiv(width, block))](
+        gate,
+        up,
         out,
-        rows.stride(0),
-        ups.stride(0),
         width,
+        *gate_rows,
+        *up_rows,
         KIND=ACTIVATIONS[name],
         BLOCK=block,
         num_warps=4,

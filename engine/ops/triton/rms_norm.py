@@ -8,6 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from engine.ops.triton import rows_of
+
 BLOCK_ELEMENTS = 2048
 """Numbers that a program holds where rows are narrow, so that heads of 128 do not take a program each."""
 
@@ -20,6 +22,12 @@ def _rms_norm(
     out_ptr,
     num_rows,
     width,
+    x_inner,
+    x_outer_stride,
+    x_inner_stride,
+    gate_inner,
+    gate_outer_stride,
+    gate_inner_stride,
     eps,
     SHIFTED: tl.constexpr,
     GATED: tl.constexpr,
@@ -31,13 +39,15 @@ def _rms_norm(
     columns = tl.arange(0, BLOCK)
     inside = (rows < num_rows)[:, None] & (columns < width)[None, :]
     at = rows[:, None] * width + columns[None, :]
-    x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    from_x = rows // x_inner * x_outer_stride + rows % x_inner * x_inner_stride
+    x = tl.load(x_ptr + from_x[:, None] + columns[None, :], mask=inside, other=0.0).to(tl.float32)
     weight = tl.load(weight_ptr + columns, mask=columns < width, other=0.0).to(tl.float32)
     if SHIFTED:
         weight += 1.0
     y = x / tl.sqrt(tl.sum(x * x, axis=1) / width + eps)[:, None] * weight[None, :]
     if GATED:
-        gate = tl.load(gate_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        from_gate = rows // gate_inner * gate_outer_stride + rows % gate_inner * gate_inner_stride
+        gate = tl.load(gate_ptr + from_gate[:, None] + columns[None, :], mask=inside, other=0.0).to(tl.float32)
         y *= gate * tl.sigmoid(gate)
     tl.store(out_ptr + at, y.to(out_ptr.dtype.element_ty), mask=inside)
 
@@ -46,20 +56,23 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, shifted: bool = False, ga
     """x [..., D], gate alike: in the type of gate, or of x without one."""
     like = x if gate is None else gate
     out = torch.empty(like.shape, dtype=like.dtype, device=like.device)
-    x = x.contiguous()
     width = x.shape[-1]
     num_rows = x.numel() // width
     if num_rows == 0:
         return out
+    x, *x_rows = rows_of(x)
+    gate_or_x, *gate_rows = (x, *x_rows) if gate is None else rows_of(gate)
     block = triton.next_power_of_2(width)
     rows = max(1, min(BLOCK_ELEMENTS // block, triton.next_power_of_2(num_rows)))
     _rms_norm[(triton.cdiv(num_rows, rows),)](
         x,
-        x if gate is None else gate.contiguous(),
+        gate_or_x,
         weight,
         out,
         num_rows,
         width,
+        *x_rows,
+        *gate_rows,
         eps,
         SHIFTED=shifted,
         GATED=gate is not None,
