@@ -55,7 +55,7 @@ from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.request import Request, SamplingParams
 from engine.tokenizer import Tokenizer
-import tests.gpu.__main__
+import tests.gpu.__main__, tests.gpu.speed
 from tests.tiny import save_tiny_hybrid
 
 engine = Engine(EngineConfig(device="cpu", num_threads=1, kv_cache_bytes=1 << 22))
