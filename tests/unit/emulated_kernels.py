@@ -1,8 +1,9 @@
 """The CPU kernels with every instruction level, on a CPU that has AVX2 alone.
 
-SIMDe (https://github.com/simd-everywhere/simde, Debian's libsimde-dev) computes each AVX-512 intrinsic by what the CPU
-has. The sources are those of the package; only their ``#pragma GCC target`` goes, with which the compiler would use the
-instructions by itself.
+SIMDe (https://github.com/simd-everywhere/simde, Debian's libsimde-dev) computes each AVX-512 and AVX-VNNI intrinsic by
+what the CPU has. The sources are those of the package; of those for such levels, ``#pragma GCC target`` goes, with which
+the compiler would use the instructions by itself, and of all, ``#pragma GCC unroll``, which is for speed and costs most
+of the time to compile. Sources for AVX2 and for any CPU stay as they are.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ inline __m256 half_of(simde__m512 v, int which) {
 """
 
 FLAGS = [
-    *("-std=c++20", "-O1", "-shared", "-fPIC", "-w", "-Wno-psabi", "-pthread", "-mavx2", "-mfma", "-mf16c"),
+    *("-std=c++20", "-shared", "-fPIC", "-w", "-Wno-psabi", "-pthread", "-mavx2", "-mfma", "-mf16c"),
     *("-fno-math-errno", "-DWHET_EMULATED"),
 ]
 
@@ -89,21 +90,33 @@ def build(directory: Path) -> ctypes.PyDLL:
         subprocess.CalledProcessError: the sources do not compile.
     """
     (directory / "emulated.h").write_text(INTRINSICS)
-    sources = []
-    for path in Path(engine.ops.cpu.__file__).parent.iterdir():
+    emulated, plain = [], []
+    for path in sorted(Path(engine.ops.cpu.__file__).parent.iterdir()):
         if path.suffix in (".h", ".inl", ".cpp"):
-            text = re.sub(r"(?m)^#pragma GCC target.*$", "", path.read_text())
-            (directory / path.name).write_text(text.replace("#include <immintrin.h>", '#include "emulated.h"'))
+            text = re.sub(r"(?m)^#pragma GCC unroll.*$", "", path.read_text())
+            beyond = re.search(r"(?m)^#pragma GCC target.*\b(avx512|avxvnni)", text) is not None
+            if beyond:
+                text = re.sub(r"(?m)^#pragma GCC target.*$", "", text)
+                text = text.replace("#include <immintrin.h>", '#include "emulated.h"')
+            (directory / path.name).write_text(text)
             if path.suffix == ".cpp":
-                sources.append(directory / path.name)
+                (emulated if beyond else plain).append(path.name)
+    # Two files of several sources each: reading SIMDe takes longer than compiling one.
+    units = []
+    for which, names in (("first", emulated[0::2]), ("second", emulated[1::2])):
+        (directory / f"{which}.cpp").write_text("".join(f'#include "{name}"\n' for name in names))
+        units.append((f"{which}.cpp", "-Og"))
+    units += [(name, "-O0") for name in plain]
 
-    def compile_one(source: Path) -> str:
-        command = ["g++", *FLAGS, f"-I{directory}", "-c", os.fspath(source), "-o", os.fspath(source.with_suffix(".o"))]
+    def compile_one(unit: tuple[str, str]) -> str:
+        name, level = unit
+        output = os.fspath(directory / f"{name}.o")
+        command = ["g++", *FLAGS, level, f"-I{directory}", "-c", os.fspath(directory / name), "-o", output]
         subprocess.run(command, check=True, capture_output=True, text=True)
-        return os.fspath(source.with_suffix(".o"))
+        return output
 
     with ThreadPoolExecutor(max_workers=2) as pool:
-        objects = list(pool.map(compile_one, sorted(sources)))
+        objects = list(pool.map(compile_one, units))
     library = directory / "kernels.so"
     subprocess.run(["g++", "-shared", "-pthread", *objects, "-o", os.fspath(library)], check=True)
     return ctypes.PyDLL(os.fspath(library))
