@@ -144,7 +144,8 @@ def test_the_right_backward_passes_and_wrong_ones_do_not(kind: str, fault: str) 
         assert not found.passed, found.worst_entry
         assert found.error > WRONG, found.worst_entry
         return
-    own = check_gradients(made.problem, made.problem.inputs, top=2, strided=2, differences=made.differences)
+    # The places that tell every wrong backward, and the largest entry of each tensor.
+    own = check_gradients(made.problem, made.problem.inputs, top=1, strided=1, differences=made.differences)
     for check in (own, found):
         assert check.passed, check.worst_entry
         assert check.error < RIGHT, check.worst_entry
