@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
 import pytest
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from engine.loading import open_checkpoint
 from engine.tokenizer import Tokenizer
@@ -17,9 +18,10 @@ from tests.unit.loading_files import write_gguf
 
 
 @pytest.fixture(scope="module")
-def tokenizers(smollm2_gguf: Path) -> tuple[Tokenizer, transformers.PreTrainedTokenizerBase]:
-    theirs = AutoTokenizer.from_pretrained(smollm2_gguf.parent, gguf_file=smollm2_gguf.name)
-    return Tokenizer.from_path(smollm2_gguf), theirs
+def tokenizers(
+    smollm2_gguf: Path, smollm2_reference: tuple[Any, Any]
+) -> tuple[Tokenizer, transformers.PreTrainedTokenizerBase]:
+    return Tokenizer.from_path(smollm2_gguf), smollm2_reference[1]
 
 
 def test_smollm2_tokens_are_those_of_transformers(
@@ -53,10 +55,9 @@ def test_smollm2_chat_is_that_of_transformers(
         assert ours.encode_chat(messages, add_generation_prompt=opens)[0] == ids
 
 
-def test_smollm2_weights_are_those_of_transformers(smollm2_gguf: Path) -> None:
+def test_smollm2_weights_are_those_of_transformers(smollm2_gguf: Path, smollm2_reference: tuple[Any, Any]) -> None:
     """Every tensor, dequantized and un-permuted, bit by bit."""
-    theirs = AutoModelForCausalLM.from_pretrained(smollm2_gguf.parent, gguf_file=smollm2_gguf.name, dtype="float32")
-    expected = theirs.state_dict()
+    expected = smollm2_reference[0].state_dict()
     checkpoint = open_checkpoint(smollm2_gguf)
     assert set(checkpoint.names()) == expected.keys() - {"lm_head.weight"}
     for name in checkpoint.names():

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 
 from engine.config import EngineConfig
@@ -27,20 +26,10 @@ PROMPTS = [
 NEW_TOKENS = 64
 
 
-@pytest.fixture(scope="module")
-def reference(smollm2_gguf: Path) -> tuple[Any, Any]:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    model = AutoModelForCausalLM.from_pretrained(
-        str(smollm2_gguf.parent), gguf_file=smollm2_gguf.name, dtype=torch.float32
-    )
-    return model, AutoTokenizer.from_pretrained(str(smollm2_gguf.parent), gguf_file=smollm2_gguf.name)
-
-
-def test_greedy_tokens_and_logits(smollm2_gguf: Path, reference: tuple[Any, Any]) -> None:
+def test_greedy_tokens_and_logits(smollm2_gguf: Path, smollm2_reference: tuple[Any, Any]) -> None:
     """Ten prompts decoded together give, token by token, the argmax of transformers on what came before; and the
     log-probabilities of prompt and completion agree within 1e-3."""
-    model, tokenizer = reference
+    model, tokenizer = smollm2_reference
     engine = Engine(EngineConfig(device="cpu", dtype="float32", kv_cache_bytes=256 << 20))
     engine.load_model("smollm2", smollm2_gguf)
     ids = [tokenizer(text)["input_ids"] for text in PROMPTS]
@@ -62,11 +51,11 @@ def test_greedy_tokens_and_logits(smollm2_gguf: Path, reference: tuple[Any, Any]
         torch.testing.assert_close(torch.tensor(scores), expected, atol=1e-3, rtol=0)
 
 
-def test_logits_of_the_serving_path(smollm2_gguf: Path, reference: tuple[Any, Any]) -> None:
+def test_logits_of_the_serving_path(smollm2_gguf: Path, smollm2_reference: tuple[Any, Any]) -> None:
     """Every logit at every position, through the block cache in chunks, is within 1e-3 of transformers'."""
     from engine.core.chunked import serving_logits
 
-    model, tokenizer = reference
+    model, tokenizer = smollm2_reference
     engine = Engine(EngineConfig(device="cpu", dtype="float32", kv_cache_bytes=64 << 20, max_batch_tokens=48))
     engine.load_model("smollm2", smollm2_gguf)
     ids = [tokenizer(text * 5)["input_ids"] for text in PROMPTS[:3]]

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from engine.config import EngineConfig
 from engine.engine import Engine
@@ -69,35 +69,30 @@ def test_tiny_llama(tmp_path: Path, window: int, stride: int) -> None:
     assert finished.perplexity == pytest.approx(math.exp(expected), rel=1e-5)
 
 
-def wikitext(shared: Path, gguf: Path, num_tokens: int) -> tuple[Any, torch.Tensor]:
-    """transformers' SmolLM2, and the first tokens of the test split."""
-    tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
-    model = AutoModelForCausalLM.from_pretrained(str(gguf.parent), gguf_file=gguf.name, dtype=torch.float32)
+def check_wikitext(
+    shared: Path, gguf: Path, reference: tuple[Any, Any], *, num_tokens: int, window: int, stride: int
+) -> None:
+    model, tokenizer = reference
     text = (shared / "data" / "wikitext2-raw.test.txt").read_text(encoding="utf-8")
-    ids = tokenizer(text[: 8 * num_tokens])["input_ids"][:num_tokens]
+    ids = torch.tensor(tokenizer(text[: 8 * num_tokens])["input_ids"][:num_tokens])
     assert len(ids) == num_tokens
-    return model.eval(), torch.tensor(ids)
-
-
-def check_wikitext(shared: Path, gguf: Path, num_tokens: int) -> None:
-    reference, ids = wikitext(shared, gguf, num_tokens)
     engine = Engine(EngineConfig(device="cpu", dtype="float32", num_threads=2, kv_cache_bytes=128 << 20))
     engine.load_model("smollm2", gguf)
-    spec = PerplexitySpec(job_id="p", model="smollm2", token_ids=ids.tolist(), window=512, stride=256)
+    spec = PerplexitySpec(job_id="p", model="smollm2", token_ids=ids.tolist(), window=window, stride=stride)
     finished = run(engine, spec)
-    expected, count = documented_loop(reference, ids, 512, 256)
+    expected, count = documented_loop(model, ids, window, stride)
     assert finished.num_tokens == count == num_tokens - 1
     assert finished.perplexity == pytest.approx(math.exp(expected), abs=0.02)
     assert 10 < finished.perplexity < 60, "a model that does not know English would prove little"
 
 
-def test_smollm2_two_windows(shared: Path, smollm2_gguf: Path) -> None:
-    """WikiText-2 test, first 768 tokens, window 512, stride 256: perplexity within 0.02."""
-    check_wikitext(shared, smollm2_gguf, 768)
+def test_smollm2_two_windows(shared: Path, smollm2_gguf: Path, smollm2_reference: tuple[Any, Any]) -> None:
+    """WikiText-2 test, first 384 tokens, window 256, stride 128: perplexity within 0.02."""
+    check_wikitext(shared, smollm2_gguf, smollm2_reference, num_tokens=384, window=256, stride=128)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_smollm2(shared: Path, smollm2_gguf: Path) -> None:
-    """The same over the first 4,096 tokens, 15 windows."""
-    check_wikitext(shared, smollm2_gguf, 4096)
+def test_smollm2(shared: Path, smollm2_gguf: Path, smollm2_reference: tuple[Any, Any]) -> None:
+    """The same over the first 4,096 tokens, in 15 windows of 512."""
+    check_wikitext(shared, smollm2_gguf, smollm2_reference, num_tokens=4096, window=512, stride=256)
