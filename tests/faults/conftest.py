@@ -27,6 +27,13 @@ async def shared_pool(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory
         yield running
 
 
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def shared_pair(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[WorkerPool]:
+    """Two workers, likewise."""
+    async with running_pool({MODEL: tiny_llama}, tmp_path_factory.mktemp("pair"), workers=2) as running:
+        yield running
+
+
 @pytest.fixture
 async def pool(tiny_llama: Path, tmp_path: Path) -> AsyncIterator[WorkerPool]:
     """One worker, with the tiny model loaded."""

@@ -120,55 +120,60 @@ async def test_a_job_reports_and_ends_and_can_be_cancelled_either_way(shared_poo
         await anext(shared_pool.run_job(refused))
 
 
-async def test_models_come_and_go_on_every_worker(tiny_llama: Path, tmp_path: Path) -> None:
-    async with running_pool({MODEL: tiny_llama}, tmp_path, workers=2) as pool:
-        info = await pool.load_model("second", tiny_llama)
-        assert info.name == "second"
-        assert await pool.load_model("second", tiny_llama) == info
-        assert all(snapshot.models == ["second", MODEL] for snapshot in pool.snapshot())
-        with pytest.raises(AlreadyExistsError):
-            await pool.load_model("second", tmp_path)
-        with pytest.raises(EngineError):
-            await pool.load_model("third", tmp_path / "nothing")
-        assert set(pool.models()) == {"second", MODEL}
+@on_shared_loop
+async def test_models_come_and_go_on_every_worker(shared_pair: WorkerPool, tiny_llama: Path, tmp_path: Path) -> None:
+    info = await shared_pair.load_model("second", tiny_llama)
+    assert info.name == "second"
+    assert await shared_pair.load_model("second", tiny_llama) == info
+    assert all(snapshot.models == ["second", MODEL] for snapshot in shared_pair.snapshot())
+    with pytest.raises(AlreadyExistsError):
+        await shared_pair.load_model("second", tmp_path)
+    with pytest.raises(EngineError):
+        await shared_pair.load_model("third", tmp_path / "nothing")
+    assert set(shared_pair.models()) == {"second", MODEL}
 
-        batches = pool.generate(request(4000, model="second"))
-        await anext(batches)
-        with pytest.raises(FailedPreconditionError) as busy:
-            await pool.unload_model("second")
-        assert busy.value.reason == "MODEL_BUSY"
-        await batches.aclose()
-        await until(lambda: pool.num_streams == 0)
-        await pool.unload_model("second")
-        assert all(snapshot.models == [MODEL] for snapshot in pool.snapshot())
-        with pytest.raises(NotFoundError):
-            await generate(pool, request(model="second"))
-        assert len(await generate(pool, request())) == 8
+    batches = shared_pair.generate(request(4000, model="second"))
+    await anext(batches)
+    with pytest.raises(FailedPreconditionError) as busy:
+        await shared_pair.unload_model("second")
+    assert busy.value.reason == "MODEL_BUSY"
+    await batches.aclose()
+    await until(lambda: shared_pair.num_streams == 0)
+    await shared_pair.unload_model("second")
+    assert all(snapshot.models == [MODEL] for snapshot in shared_pair.snapshot())
+    with pytest.raises(NotFoundError):
+        await generate(shared_pair, request(model="second"))
+    assert len(await generate(shared_pair, request())) == 8
 
 
-async def test_a_quantized_model_is_served_by_every_worker(tiny_llama: Path, tmp_path: Path) -> None:
+@on_shared_loop
+async def test_a_quantized_model_is_served_by_every_worker(
+    shared_pair: WorkerPool, tiny_llama: Path, tmp_path: Path
+) -> None:
     """Quantize runs on one worker; when it reports its end, all of them hold the result."""
-    async with running_pool({MODEL: tiny_llama}, tmp_path, workers=2) as pool:
-        spec = QuantizeSpec(
-            job_id="q", model=MODEL, scheme="q8", output_dir=str(tmp_path / "models" / "small"), output_name="small"
-        )
-        async with aclosing(pool.run_job(spec)) as events:
-            last = [event async for event in events][-1]
-        assert isinstance(last, QuantizeFinished), last
-        assert all(snapshot.models == ["small", MODEL] for snapshot in pool.snapshot())
-        assert pool.models()["small"].quantization == "q8"
-        first, second = await asyncio.gather(*(generate(pool, request(20, model="small")) for _ in range(2)))
-        assert first == second
+    spec = QuantizeSpec(
+        job_id="q", model=MODEL, scheme="q8", output_dir=str(tmp_path / "models" / "small"), output_name="small"
+    )
+    async with aclosing(shared_pair.run_job(spec)) as events:
+        last = [event async for event in events][-1]
+    assert isinstance(last, QuantizeFinished), last
+    assert all(snapshot.models == ["small", MODEL] for snapshot in shared_pair.snapshot())
+    assert shared_pair.models()["small"].quantization == "q8"
+    first, second = await asyncio.gather(*(generate(shared_pair, request(20, model="small")) for _ in range(2)))
+    assert first == second
+    await until(lambda: shared_pair.num_streams == 0)
+    await shared_pair.unload_model("small")
 
 
-async def test_load_goes_to_the_least_loaded_worker(tiny_llama: Path, tmp_path: Path) -> None:
-    async with running_pool({MODEL: tiny_llama}, tmp_path, workers=2) as pool:
-        streams = [pool.generate(request(4000)) for _ in range(4)]
-        for stream in streams:
-            await anext(stream)
-        assert [snapshot.num_streams for snapshot in pool.snapshot()] == [2, 2]
-        for stream in streams:
-            await stream.aclose()
+@on_shared_loop
+async def test_load_goes_to_the_least_loaded_worker(shared_pair: WorkerPool) -> None:
+    streams = [shared_pair.generate(request(4000)) for _ in range(4)]
+    for stream in streams:
+        await anext(stream)
+    assert [snapshot.num_streams for snapshot in shared_pair.snapshot()] == [2, 2]
+    for stream in streams:
+        await stream.aclose()
+    await until(lambda: shared_pair.num_streams == 0)
 
 
 async def test_a_drain_lets_streams_finish_and_refuses_new_ones(tiny_llama: Path, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from server.workers.replica import SupervisionConfig
 MODEL = "tiny"
 CONTEXT = 4096
 on_shared_loop = pytest.mark.asyncio(loop_scope="module")
-"""Of tests with the fixture ``shared_pool``."""
+"""Of tests with the fixture ``shared_pool`` or ``shared_pair``."""
 
 _ids = itertools.count()
 

@@ -1,9 +1,9 @@
 """The CPU kernels with every instruction level, on a CPU that has AVX2 alone.
 
 SIMDe (https://github.com/simd-everywhere/simde, Debian's libsimde-dev) computes each AVX-512 and AVX-VNNI intrinsic by
-what the CPU has. The sources are those of the package; of those for such levels, ``#pragma GCC target`` goes, with which
-the compiler would use the instructions by itself, and of all, ``#pragma GCC unroll``, which is for speed and costs most
-of the time to compile. Sources for AVX2 and for any CPU stay as they are.
+what the CPU has. The sources are those of the package. Of those for such levels, ``#pragma GCC target`` goes, with
+which the compiler would use the instructions by itself; and of all, ``#pragma GCC unroll``, which is for speed and takes
+most of the time to compile.
 """
 
 from __future__ import annotations
