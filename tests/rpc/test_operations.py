@@ -7,7 +7,7 @@ import shutil
 import signal
 import subprocess
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,8 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from server.app import SERVICE_NAMES
 from tests.rpc.calls import LASTING, TIMEOUT, Reply, generate, request, train_messages
 from tests.rpc.conftest import EMBEDDER, MODEL
-from tests.rpc.harness import ServerProcess, Stubs, fails, wait_for
-from whet.v1 import model_pb2
+from tests.rpc.harness import ServerProcess, Stubs, fails, running_server, wait_for
+from whet.v1 import model_pb2, training_pb2
 
 UNAUTHENTICATED = grpc.StatusCode.UNAUTHENTICATED
 
@@ -191,14 +191,31 @@ def test_callers_name_no_labels(stubs: Stubs, rpc_server: ServerProcess) -> None
     assert "no-such-adapter-label" not in scrape
 
 
-def test_compatibility_metrics(start_server: Callable[..., ServerProcess]) -> None:
-    server = start_server("--metrics-compat", "vllm", "--log-format", "json")
-    stubs = Stubs(server.address)
+@pytest.fixture(scope="module")
+def configured(
+    tmp_path_factory: pytest.TempPathFactory, model_flags: list[str]
+) -> Iterator[tuple[ServerProcess, Stubs]]:
+    """One server for the tests of options that do not get into each other's way."""
+    flags = ["--metrics-compat", "vllm", "--log-format", "json", "--max-message-bytes", "1MiB"]
+    flags += ["--max-prompt-tokens", "20", "--max-n", "2", "--max-active-runs", "1"]
+    with running_server(tmp_path_factory.mktemp("configured") / "state", *model_flags, *flags) as server:
+        stubs = Stubs(server.address)
+        yield server, stubs
+        stubs.close()
+
+
+def test_compatibility_metrics(configured: tuple[ServerProcess, Stubs]) -> None:
+    server, stubs = configured
+
+    def counted() -> tuple[float, float]:
+        tokens = server.metric("vllm:generation_tokens_total", model_name=MODEL)
+        requests = server.metric("vllm:request_success_total", model_name=MODEL, finished_reason="length")
+        return tokens or 0.0, requests or 0.0
+
+    tokens, requests = counted()
     generate(stubs)
-    assert server.metric("vllm:generation_tokens_total", model_name=MODEL) == 8.0
-    assert server.metric("vllm:request_success_total", model_name=MODEL, finished_reason="length") == 1.0
+    assert counted() == (tokens + 8.0, requests + 1.0)
     wait_for(lambda: server.metric("vllm:num_requests_running", model_name=MODEL) == 0.0)
-    stubs.close()
 
 
 # ------------------------------------------------------------------------------------------------------------- limits
@@ -220,29 +237,27 @@ def test_a_full_server_says_when_to_come_back_and_stays_healthy(start_server: Ca
     stubs.close()
 
 
-def test_limits_are_configurable_and_named(start_server: Callable[..., ServerProcess]) -> None:
-    server = start_server("--max-prompt-tokens", "10", "--max-n", "2", "--max-active-runs", "1")
-    stubs = Stubs(server.address)
-    for field, values in (("prompt.text", {"prompt": "x" * 11}), ("n", {"n": 3})):
+def test_limits_are_configurable_and_named(configured: tuple[ServerProcess, Stubs]) -> None:
+    server, stubs = configured
+    rejected = server.metric("whet_admission_rejections_total", reason="size") or 0.0
+    for field, values in (("prompt.text", {"prompt": "x" * 21}), ("n", {"n": 3})):
         with fails(grpc.StatusCode.INVALID_ARGUMENT, reason="LIMIT_EXCEEDED", field=field):
             generate(stubs, **{"prompt": "x", **values})
-    assert server.metric("whet_admission_rejections_total", reason="size") == 2.0
+    assert server.metric("whet_admission_rejections_total", reason="size") == rejected + 2.0
     run = stubs.training.Train(train_messages(params={"max_steps": 3000}), timeout=TIMEOUT)
-    next(iter(run))
+    run_id = next(iter(run)).event.run_id
     with fails(grpc.StatusCode.RESOURCE_EXHAUSTED, reason="RUNS_FULL") as caught:
         list(stubs.training.Train(train_messages(adapter="other"), timeout=TIMEOUT))
     assert "RetryInfo" in caught[0].details
-    stubs.close()
+    stubs.training.CancelRun(training_pb2.CancelRunRequest(run_id=run_id), timeout=TIMEOUT)
 
 
-def test_a_message_over_the_limit_is_refused(start_server: Callable[..., ServerProcess]) -> None:
-    server = start_server("--max-message-bytes", "1MiB")
-    stubs = Stubs(server.address)
+def test_a_message_over_the_limit_is_refused(configured: tuple[ServerProcess, Stubs]) -> None:
+    _, stubs = configured
     with pytest.raises(grpc.RpcError) as caught:
         generate(stubs, "x" * (2 << 20))
     assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
     generate(stubs)
-    stubs.close()
 
 
 # -------------------------------------------------------------------------------------------------------------- drain

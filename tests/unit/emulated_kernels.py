@@ -2,8 +2,8 @@
 
 SIMDe (https://github.com/simd-everywhere/simde, Debian's libsimde-dev) computes each AVX-512 and AVX-VNNI intrinsic by
 what the CPU has. The sources are those of the package. Of those for such levels, ``#pragma GCC target`` goes, with
-which the compiler would use the instructions by itself; and of all, ``#pragma GCC unroll``, which is for speed and takes
-most of the time to compile.
+which the compiler would use the instructions by itself; and of all, ``#pragma GCC unroll``, which is for speed and
+takes most of the time to compile.
 """
 
 from __future__ import annotations
