@@ -9,9 +9,11 @@ import torch
 from engine.core.cuda_graphs import CudaGraphs, Step
 from engine.engine import Engine
 from engine.ops import backends
-from tests.gpu.checks import check
+from engine.sampling.on_device import choose, parameters
+from tests.gpu.checks import Skipped, check
 from tests.gpu.elementwise import needs_triton
 from tests.gpu.models import CPU, PROMPTS, engine_on, generate, kinds, random_adapter
+from tests.gpu.sampling import PARAMS, sequences
 
 
 def use_graphs(engine: Engine, device: torch.device, max_sequences: int) -> CudaGraphs:
@@ -82,4 +84,32 @@ def tokens_of_graphs_with_adapters(device: torch.device) -> float:
             expected = run(CPU, False)
         got = run(device, True)
         assert got == expected, f"{kind}: {got}, not {expected}"
+    return 0.0
+
+
+@check
+def steps_never_wait(device: torch.device) -> float:
+    """From the numbers of a captured step to its tokens on the device, tables that grow included, without the host
+    waiting for the device."""
+    if device.type != "cuda":
+        raise Skipped("only a CUDA device can be waited for")
+    for kind in kinds(device):
+        engine = engine_on(device, kind)
+        graphs = use_graphs(engine, device, 3)
+        states = [1, 2, 3] if kind != "llama" else []
+        chosen = sequences(PARAMS[3:])
+        # Twice in the same blocks, and once in one more.
+        for attempt, last in enumerate((4, 4, 8)):
+            tables = [[1 + 4 * s + i for i in range(last // 4 + 1)] for s in range(3)]
+            torch.cuda.synchronize()
+            torch.cuda.set_sync_debug_mode("error" if attempt else "default")
+            try:
+                with torch.inference_mode():
+                    logits = graphs.logits([5, 6, 7], [last] * 3, tables, states, [None] * 3)
+                    assert logits is not None, f"{kind}: not captured"
+                    choose(logits, *parameters(chosen, device))
+            except RuntimeError as error:
+                raise AssertionError(f"{kind}: {error}") from error
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
     return 0.0
