@@ -6,6 +6,7 @@ Its options are the fields of ServerConfig: name, kind and help come from there.
 
 from __future__ import annotations
 
+import gc
 import sys
 import types
 import typing
@@ -17,9 +18,10 @@ import click
 from pydantic.fields import FieldInfo
 
 from engine.errors import EngineError
-from server.app import serve, server_version
 from server.config import ServerConfig, default_state_dir, load_config
 from server.logs import configure_logging
+from server.version import server_version
+from server.workers.process import discard_prepared, prepare
 
 _REPEATABLE = {"model": "NAME=PATH", "adapter": "NAME=MODEL:PATH"}
 _SIZES = frozenset(name for name in ServerConfig.model_fields if name.endswith("_bytes"))
@@ -57,8 +59,16 @@ def _options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
+def _version(context: click.Context, _: click.Parameter, is_asked: bool) -> None:
+    if is_asked:
+        click.echo(f"whet-server, version {server_version()}")
+        context.exit()
+
+
 @click.group(invoke_without_command=True, context_settings={"max_content_width": 120, "show_default": False})
-@click.version_option(server_version(), "--version", prog_name="whet-server")
+@click.option(
+    "--version", is_flag=True, expose_value=False, is_eager=True, callback=_version, help="Show the version and exit."
+)
 @click.option(
     "--config", "config_file", type=click.Path(path_type=Path), metavar="FILE", help="YAML file of these options."
 )
@@ -79,7 +89,21 @@ def main(context: click.Context, /, config_file: Path | None, **flags: Any) -> N
         click.echo(f"whet-server: {error.message}", err=True)
         sys.exit(2)
     configure_logging(config.log_level, config.log_format)
-    sys.exit(serve(config))
+    sys.exit(_serve(config))
+
+
+def _serve(config: ServerConfig) -> int:
+    """Runs a server to its end. Its worker imports torch while this process imports gRPC."""
+    prepare()
+    try:
+        gc.disable()  # what is imported stays; see server.workers.boot
+        from server.app import serve
+
+        gc.freeze()
+        gc.enable()
+        return serve(config)
+    finally:
+        discard_prepared()
 
 
 @main.command()

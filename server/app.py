@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import fcntl
-import importlib.metadata
 import logging
 import os
 import shutil
@@ -42,6 +41,7 @@ from server.services.model import ModelService
 from server.services.quantization import QuantizationService
 from server.services.training import TrainingService
 from server.snapshot import Snapshot
+from server.version import server_version
 from server.workers.pool import WorkerPool, WorkerSnapshot
 from server.workers.replica import SupervisionConfig
 from whet.v1 import (
@@ -82,14 +82,6 @@ class StartError(Exception):
     def __init__(self, message: str, exit_status: int) -> None:
         super().__init__(message)
         self.exit_status = exit_status
-
-
-def server_version() -> str:
-    """The installed release, or "0+unknown" in a tree that is not installed."""
-    try:
-        return importlib.metadata.version("whet-server")
-    except importlib.metadata.PackageNotFoundError:
-        return "0+unknown"
 
 
 class App:
@@ -247,6 +239,7 @@ class App:
         return True
 
     async def _load_models(self) -> None:
+        self.models.read_configured()
         await self.pool.start()
         self.health.pool_started()
         await self.models.load_configured()

@@ -160,6 +160,7 @@ class ModelRegistry:
         self.on_change: Callable[[], Awaitable[None]] | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
         self._being_written: set[str] = set()
+        self._readings: dict[str, _Reading] = {}
 
     async def refresh(self) -> None:
         """Looks which written models there are: new ones become known, removed ones are forgotten once unloaded."""
@@ -259,9 +260,10 @@ class ModelRegistry:
             if entry.state == "ready" and self._holds(entry):
                 return entry
             entry.state, entry.error = "loading", ""
+            tokenizer = _Reading(entry.path)
             try:
                 info = await self._host.load_model(name, str(entry.path))
-                await self._equip(entry, info)
+                await self._equip(entry, info, tokenizer)
             except BaseException as error:
                 entry.state = "failed"
                 entry.error = str(error) if isinstance(error, EngineError) else "the server failed on it"
@@ -269,6 +271,10 @@ class ModelRegistry:
         await self._announce()
         logger.info("model %s is ready", name, extra={"model": name, "seconds": round(info.load_seconds, 3)})
         return entry
+
+    def read_configured(self) -> None:
+        """Begins to read the tokenizers of the configured models, which ``load_configured`` takes up."""
+        self._readings = {entry.name: _Reading(entry.path) for entry in self.configured()}
 
     async def load_configured(self) -> None:
         """Waits for the host to load the configured models, which it was started with, and takes them up.
@@ -282,7 +288,8 @@ class ModelRegistry:
         await self._host.wait_loaded()
         infos = self._host.models()
         for entry in self.configured():
-            await self._equip(entry, infos[entry.name])
+            reading = self._readings.pop(entry.name, None) or _Reading(entry.path)
+            await self._equip(entry, infos[entry.name], reading)
         await self._announce()
 
     async def adopt(self, name: str, info: ModelInfo) -> ModelEntry:
@@ -290,7 +297,7 @@ class ModelRegistry:
         await self.refresh()
         entry = self.get(name)
         async with entry.lock:
-            await self._equip(entry, info)
+            await self._equip(entry, info, _Reading(Path(info.tokenizer_path)))
         await self._announce()
         return entry
 
@@ -344,11 +351,30 @@ class ModelRegistry:
         if self.on_change is not None:
             await self.on_change()
 
-    async def _equip(self, entry: ModelEntry, info: ModelInfo) -> None:
+    async def _equip(self, entry: ModelEntry, info: ModelInfo, reading: _Reading) -> None:
         path = Path(info.tokenizer_path)
-        entry.tokenizer = await asyncio.to_thread(Tokenizer.from_path, path)
-        entry.prompts = await asyncio.to_thread(read_prompts, path)
+        if path != reading.path:
+            reading = _Reading(path)
+        entry.tokenizer, entry.prompts = await reading.result()
         entry.info, entry.state, entry.error = info, "ready", ""
+
+
+class _Reading:
+    """The tokenizer and the prompts of a model, being read in a thread: meanwhile a worker starts or loads weights."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._task = asyncio.create_task(asyncio.to_thread(lambda: (Tokenizer.from_path(path), read_prompts(path))))
+        # Where the model cannot be loaded, nobody asks for what has become of this.
+        self._task.add_done_callback(lambda task: task.cancelled() or task.exception())
+
+    async def result(self) -> tuple[Tokenizer, Prompts]:
+        """Waits for both.
+
+        Raises:
+            FormatError: one is malformed.
+        """
+        return await asyncio.shield(self._task)
 
 
 def _written(models_dir: Path) -> dict[str, Path]:

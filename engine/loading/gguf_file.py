@@ -14,12 +14,13 @@ import struct
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NoReturn
-
-import numpy as np
-import numpy.typing as npt
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from engine.errors import FormatError
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -143,6 +144,8 @@ class GGUFFile:
 
     def data(self, tensor: GGUFTensor) -> npt.NDArray[np.uint8]:
         """The stored bytes of a tensor, a view of the mapping, [num_bytes] uint8."""
+        import numpy as np  # not for those who read metadata alone, as the server's front end does
+
         return np.frombuffer(self.map, np.uint8, tensor.num_bytes, tensor.offset)
 
     def release(self, tensor: GGUFTensor) -> None:
@@ -249,6 +252,5 @@ class GGUFFile:
             return self._strings(f"a value of {key!r}", count)
         if kind not in _SCALARS:
             self._fault(f"has metadata {key!r}, an array of the type {kind}; accepted: scalars or strings")
-        data = self._take(count * struct.calcsize(_SCALARS[kind]))
-        values: list[Any] = np.frombuffer(data, "?" if kind == _BOOL else _SCALARS[kind]).tolist()
-        return values
+        values = struct.iter_unpack(_SCALARS[kind], self._take(count * struct.calcsize(_SCALARS[kind])))
+        return [bool(value) for (value,) in values] if kind == _BOOL else [value for (value,) in values]

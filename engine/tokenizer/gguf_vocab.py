@@ -146,10 +146,11 @@ def _byte_level(v: _Vocabulary) -> tuple[Tokenizer, bool]:
         v.fields.reject("tokenizer.ggml.pre", pre, ", ".join(_PRE_TOKENIZERS))
     alphabet = byte_alphabet()
     spelling = {byte: char for char, byte in alphabet.items()}
+    letters = frozenset(alphabet)
     verbatim = {*v.of_type(CONTROL), *v.of_type(USER_DEFINED)}
 
     def spell(token: str) -> str:
-        if token in verbatim or all(char in alphabet for char in token):
+        if token in verbatim or letters.issuperset(token):
             return token
         return "".join(spelling[byte] for byte in token.encode())
 

@@ -53,8 +53,7 @@ class Tokenizer:
         self._backend.no_padding()
         self._mark_special()
         self._set_added_at_the_ends(parts)
-        spec = json.loads(self._backend.to_str())
-        self._decoder: TokenDecoder = token_decoder(spec.get("decoder"), str(path))
+        self._decoder: TokenDecoder = token_decoder(_description(self._backend.decoder), str(path))
         added = self._backend.get_added_tokens_decoder()
         self._added: dict[int, bytes] = {token_id: token.content.encode() for token_id, token in added.items()}
         self.special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
@@ -328,9 +327,15 @@ class Tokenizer:
         )
 
 
+def _description(part: Any) -> dict[str, Any] | None:
+    """A part of a tokenizer as tokenizer.json has it, by what pickling takes: that of the whole tokenizer would write
+    and read its vocabulary."""
+    return None if part is None else json.loads(part.__getstate__())
+
+
 def _template_ends(backend: tokenizers.Tokenizer) -> tuple[list[str], list[str]]:
     """The tokens that the template in tokenizer.json, if it has one, puts before and after a text."""
-    processor = json.loads(backend.to_str()).get("post_processor") or {}
+    processor = _description(backend.post_processor) or {}
     for part in processor.get("processors", [processor]):
         if part.get("type") == "TemplateProcessing":
             pieces = part["single"]

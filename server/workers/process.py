@@ -3,57 +3,67 @@
 A worker is a plain subprocess, not one of multiprocessing's: that would pickle its arguments and import the parent's
 main module again. Its configuration is the first line on its standard input; the pipe then stays open and silent for
 life, and its end-of-file, which comes however the parent dies, ends the worker.
+
+Importing torch takes a worker a second or more. ``prepare`` starts one that is at it while its parent is still
+importing what it needs itself, so this module imports next to nothing.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import signal
+import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import IO
 
-import msgspec
-
-from server.workers.messages import WorkerConfig
-
-# Ctrl-C reaches the whole process group, and so does SIGTERM from systemd, timeout(1) or kill(1) of a group. What to do
-# about it is the parent's to decide, which may well be to let streams finish; so both are ignored before the first slow
-# import. Shutdown, or the end of the parent, ends a worker. The package's root comes as an argument because the
-# parent's sys.path is not inherited.
-# GNU OpenMP reads its settings as torch loads it. Its own choice is to spin some milliseconds at each barrier: where
-# cores are shared with anything else, threads then burn the time that those they wait for need (decoding fell from 16
-# to 2 tokens/s beside busy processes). With 20,000 turns decoding is at 95% of its undisturbed rate or better.
-_SPIN = "import os; 'OMP_WAIT_POLICY' in os.environ or os.environ.setdefault('GOMP_SPINCOUNT', '20000'); "
-_BOOT = (
-    f"{_SPIN}import signal, sys; signal.signal(signal.SIGINT, signal.SIG_IGN); "
-    "signal.signal(signal.SIGTERM, signal.SIG_IGN); sys.path.insert(0, sys.argv[1]); "
-    "from server.workers.worker import main; main()"
-)
+# The package's root comes as an argument because the parent's sys.path is not inherited.
+_BOOT = "import sys; sys.path.insert(0, sys.argv[1]); from server.workers.boot import main; main()"
 _ROOT = Path(__file__).resolve().parents[2]
-_MAX_CONFIG_BYTES = 1 << 20
+
+_prepared: list[subprocess.Popen[bytes]] = []
+
+
+def _start() -> subprocess.Popen[bytes]:
+    # -P: the working directory is no place to import from.
+    flags = ["-P", *(["-" + "O" * sys.flags.optimize] if sys.flags.optimize else [])]
+    command = [sys.executable, *flags, "-c", _BOOT, str(_ROOT)]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, bufsize=0)
+
+
+def prepare() -> None:
+    """Starts a worker that the next ``WorkerProcess.spawn`` takes."""
+    _prepared.append(_start())
+
+
+def discard_prepared() -> None:
+    """Ends the workers that were prepared and not taken."""
+    while _prepared:
+        process = _prepared.pop()
+        process.kill()
+        process.wait()
+        _pipe(process).close()
 
 
 class WorkerProcess:
     """One worker process, alive or dead."""
 
-    def __init__(self, process: asyncio.subprocess.Process) -> None:
+    def __init__(self, process: subprocess.Popen[bytes]) -> None:
         self._process = process
 
     @classmethod
-    async def spawn(cls, config: WorkerConfig) -> WorkerProcess:
-        """Starts a worker; it reports Ready, or StartFailed, at ``config.endpoint``."""
-        # -P: the working directory is no place to import from.
-        flags = ["-P", *(["-" + "O" * sys.flags.optimize] if sys.flags.optimize else [])]
-        process = await asyncio.create_subprocess_exec(
-            sys.executable, *flags, "-c", _BOOT, str(_ROOT), stdin=asyncio.subprocess.PIPE
-        )
-        assert process.stdin is not None
-        with contextlib.suppress(ConnectionError):  # it died at once; wait() tells
-            process.stdin.write(msgspec.json.encode(config) + b"\n")
-            await process.stdin.drain()
+    async def spawn(cls, config: bytes) -> WorkerProcess:
+        """Starts a worker, or takes one that is prepared; it reports Ready, or StartFailed, at the endpoint that its
+        configuration names.
+
+        Args:
+            config: a WorkerConfig, as one line of JSON.
+        """
+        process = _prepared.pop() if _prepared else _start()
+        with contextlib.suppress(BrokenPipeError):  # it died at once; wait() tells
+            await asyncio.to_thread(_pipe(process).write, config)
         return cls(process)
 
     @property
@@ -63,12 +73,31 @@ class WorkerProcess:
 
     async def wait(self) -> int:
         """Waits for the end; returns the exit status, negative for a signal."""
-        return await self._process.wait()
+        loop, status = asyncio.get_running_loop(), asyncio.get_running_loop().create_future()
+
+        def settle(value: int) -> None:
+            if not status.done():
+                status.set_result(value)
+
+        def wait() -> None:
+            value = self._process.wait()
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+                loop.call_soon_threadsafe(settle, value)
+
+        threading.Thread(target=wait, name=f"wait-{self.pid}", daemon=True).start()
+        ended: int = await status
+        _pipe(self._process).close()
+        return ended
 
     def kill(self) -> None:
         """Ends the process now, hung or not."""
         with contextlib.suppress(ProcessLookupError):
             self._process.kill()
+
+
+def _pipe(process: subprocess.Popen[bytes]) -> IO[bytes]:
+    assert process.stdin is not None
+    return process.stdin
 
 
 def describe_exit(status: int) -> str:
@@ -77,35 +106,3 @@ def describe_exit(status: int) -> str:
         with contextlib.suppress(ValueError):
             return f"killed by {signal.Signals(-status).name}"
     return f"exit status {status}"
-
-
-# ------------------------------------------------------------------------------------------------- inside the worker
-
-
-def read_config() -> WorkerConfig:
-    """Reads the first line of standard input.
-
-    Raises:
-        msgspec.DecodeError: it is no worker configuration.
-        EOFError: the parent went away before it wrote one.
-    """
-    line = b""
-    while not line.endswith(b"\n"):
-        # Unbuffered, byte by byte: the rest of the pipe belongs to the watch.
-        byte = os.read(0, 1)
-        if not byte or len(line) > _MAX_CONFIG_BYTES:
-            raise EOFError("standard input ended before the configuration did")
-        line += byte
-    return msgspec.json.decode(line, type=WorkerConfig)
-
-
-def die_with_parent() -> None:
-    """Ends this process as soon as standard input does, whatever the main thread is doing."""
-
-    def watch() -> None:
-        with contextlib.suppress(OSError):
-            while os.read(0, 4096):
-                pass
-        os._exit(1)
-
-    threading.Thread(target=watch, name="parent-watch", daemon=True).start()

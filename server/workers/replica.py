@@ -13,6 +13,8 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
+import msgspec
+
 from engine.config import EngineConfig
 from engine.errors import EngineError, InternalError, UnavailableError
 from engine.jobs import JobEvent, JobSpec
@@ -367,16 +369,15 @@ class Replica:
         self.identity = f"{self.index}-{uuid.uuid4().hex}"
         self._enter("starting")
         self._ready = asyncio.get_running_loop().create_future()
-        self.process = process = await WorkerProcess.spawn(
-            WorkerConfig(
-                endpoint=self._link.endpoint,
-                identity=self.identity,
-                engine=self.engine,
-                heartbeat_interval_seconds=self._config.heartbeat_interval_seconds,
-                log_level=self._log_level,
-                log_format=self._log_format,
-            )
+        config = WorkerConfig(
+            endpoint=self._link.endpoint,
+            identity=self.identity,
+            engine=self.engine,
+            heartbeat_interval_seconds=self._config.heartbeat_interval_seconds,
+            log_level=self._log_level,
+            log_format=self._log_format,
         )
+        self.process = process = await WorkerProcess.spawn(msgspec.json.encode(config) + b"\n")
         exited = asyncio.create_task(process.wait())
         restoring: asyncio.Task[None] | None = None
         try:

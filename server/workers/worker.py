@@ -58,7 +58,6 @@ from server.workers.messages import (
     encode,
     reply,
 )
-from server.workers.process import die_with_parent, read_config
 
 logger = logging.getLogger(__name__)
 
@@ -269,9 +268,14 @@ def serve(config: WorkerConfig) -> int:
         context.term()
 
 
-def main() -> None:
-    """Entry of the process: configuration on standard input, then the loop."""
-    config = read_config()
-    die_with_parent()
-    configure_logging(config.log_level, config.log_format)
-    raise SystemExit(serve(config))
+def work(config: bytes) -> int:
+    """Runs a worker to its end. Returns the exit status.
+
+    Args:
+        config: a WorkerConfig in JSON.
+    Raises:
+        msgspec.DecodeError: it is none.
+    """
+    decoded = msgspec.json.decode(config, type=WorkerConfig)
+    configure_logging(decoded.log_level, decoded.log_format)
+    return serve(decoded)

@@ -33,6 +33,24 @@ def test_the_front_end_never_imports_torch() -> None:
     assert result.stdout.strip() == "[]"
 
 
+def test_a_worker_imports_nothing_that_serving_does_not_need() -> None:
+    """Each of these takes a tenth of a second to two seconds, and 5 to 65 MB."""
+    code = """
+import sys
+import server.workers.worker
+heavy = {"transformers", "peft", "torch._dynamo", "sympy", "triton", "gguf", "jinja2", "yaml", "pydantic", "grpc"}
+print(sorted(heavy & set(sys.modules)))
+import torch
+from engine.ops import cpu
+with cpu.capture(cpu.Arena()):
+    torch.empty(2)
+print(sorted(heavy & set(sys.modules)))
+"""
+    result = run("-c", code)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines() == ["[]", "[]"]
+
+
 def test_help_shows_every_option() -> None:
     from server.config import ServerConfig
 
