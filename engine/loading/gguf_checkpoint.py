@@ -118,7 +118,9 @@ class GGUFCheckpoint:
 
     def digest(self) -> str:
         """See Checkpoint."""
-        return content_digest([("", memoryview(self.file.map), self.file.header_bytes)])
+        digest = content_digest([("", memoryview(self.file.map), self.file.header_bytes)])
+        self.file.release()  # with each sample the system has mapped 64 KiB
+        return digest
 
     def _block(self, name: str) -> BlockType:
         block = block_type(self._entries[name][0].type_id)

@@ -148,10 +148,13 @@ class GGUFFile:
 
         return np.frombuffer(self.map, np.uint8, tensor.num_bytes, tensor.offset)
 
-    def release(self, tensor: GGUFTensor) -> None:
-        """Gives the memory of a tensor's pages back, for one that has been copied; reading it again maps them again."""
-        start = -(-tensor.offset // mmap.PAGESIZE) * mmap.PAGESIZE
-        end = (tensor.offset + tensor.num_bytes) // mmap.PAGESIZE * mmap.PAGESIZE
+    def release(self, tensor: GGUFTensor | None = None) -> None:
+        """Gives the memory of a tensor's pages back, for one that has been copied, or of all; reading them again maps
+        them again."""
+        start, end = 0, self._size
+        if tensor is not None:
+            start = -(-tensor.offset // mmap.PAGESIZE) * mmap.PAGESIZE
+            end = (tensor.offset + tensor.num_bytes) // mmap.PAGESIZE * mmap.PAGESIZE
         if end > start:
             self.map.madvise(mmap.MADV_DONTNEED, start, end - start)
 
