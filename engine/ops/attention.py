@@ -68,6 +68,9 @@ def attention(
     Returns: [T, H_q, D].
     """
     if ctx.cache is None:
+        if softcap is None and q.shape[2] <= cpu.MAX_WIDTH and cpu.takes(q, k, v):
+            starts, lens = _starts_and_lens(ctx)
+            return cpu.tiled_attention(q, k, v, starts, lens, scale=scale, causal=ctx.causal, window=window)
         return _uncached(q, k, v, ctx, scale, window, softcap)
     assert ctx.slot_mapping is not None
     assert ctx.block_tables is not None
@@ -91,6 +94,8 @@ def attention(
     else:
         keys.flatten(0, 1).index_copy_(0, ctx.slot_mapping, k)
         values.flatten(0, 1).index_copy_(0, ctx.slot_mapping, v)
+        if softcap is None and q.shape[2] <= cpu.MAX_WIDTH and cpu.takes(q, keys, values):
+            return _by_tiles(q, keys, values, ctx, scale, window)
         out = torch.empty_like(q)
     decodes = _decodes(ctx)
     if decodes and by_triton:
@@ -113,6 +118,25 @@ def attention(
             values = _blocks(cache.values[layer_index], blocks)[:kv_len]
         out[start:end] = _one(q[start:end], keys, values, ctx, scale, window, softcap)
     return out
+
+
+def _starts_and_lens(ctx: ForwardContext) -> tuple[Tensor, Tensor]:
+    """seq_starts [S + 1] and kv_lens [S], int64 on the CPU; the same for all layers."""
+    assert ctx.scratch is not None
+    if "starts and lens" not in ctx.scratch:
+        ctx.scratch["starts and lens"] = (torch.tensor(list(ctx.seq_starts)), torch.tensor(list(ctx.kv_lens)))
+    found: tuple[Tensor, Tensor] = ctx.scratch["starts and lens"]
+    return found
+
+
+def _by_tiles(q: Tensor, keys: Tensor, values: Tensor, ctx: ForwardContext, scale: float, window: int | None) -> Tensor:
+    """Sequences of any number of new tokens, on the CPU. Those of one token have a kernel that splits their keys among
+    the threads."""
+    assert ctx.block_tables is not None
+    starts, lens = _starts_and_lens(ctx)
+    return cpu.tiled_attention(
+        q, keys, values, starts, lens, tables=ctx.block_tables, scale=scale, causal=ctx.causal, window=window
+    )
 
 
 def _decodes(ctx: ForwardContext) -> list[int]:

@@ -6,9 +6,17 @@ import pytest
 import torch
 
 from engine.context import ForwardContext, PagedCache, packed_context
+from engine.ops import cpu
 from engine.ops.attention import attention, attention_reference
 
 HEADS, KV_HEADS, DIM, BLOCK = 6, 2, 16, 4
+
+
+@pytest.fixture(autouse=True, params=["torch", "kernels"])
+def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The CPU kernels where there are some, and the form of torch that other devices and gradients take."""
+    if request.param == "torch":
+        monkeypatch.setattr(cpu, "takes", lambda *tensors: False)
 
 
 def _qkv(num_tokens: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

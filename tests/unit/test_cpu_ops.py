@@ -144,6 +144,53 @@ def test_decode_attention(level: None, heads: int, kv_heads: int, width: int, wi
     assert torch.equal(attention(q[-1:], k[-1:], v[-1:], alone, 0, scale=0.3, window=window), out[-1:])
 
 
+@pytest.mark.parametrize(("heads", "kv_heads", "width"), [(4, 4, 8), (9, 3, 64), (8, 2, 40), (2, 1, 256), (64, 1, 17)])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("window", [None, 5, 70])
+def test_tiled_attention(level: None, heads: int, kv_heads: int, width: int, causal: bool, window: int | None) -> None:
+    """Whole sequences with lengths around those of tiles, heads within wider rows; each as it is alone."""
+    lengths = [1, 2, 63, 64, 65, 130, 33]
+    starts = torch.tensor([0, *lengths]).cumsum(0)
+    q = torch.randn(int(starts[-1]), heads * 2, width)[:, :heads]
+    k, v = torch.randn(2, len(q), kv_heads, width)
+    options = {"scale": width**-0.5, "causal": causal, "window": window}
+    cpu.set_num_threads(3)
+    out = cpu.tiled_attention(q, k, v, starts, torch.tensor(lengths), **options)
+    cpu.set_num_threads(1)
+    for s, n in enumerate(lengths):
+        of = slice(int(starts[s]), int(starts[s + 1]))
+        wanted = attention_reference(q[of], k[of], v[of], **options)
+        torch.testing.assert_close(out[of], wanted, rtol=1e-5, atol=1e-5)
+        alone = cpu.tiled_attention(q[of], k[of], v[of], torch.tensor([0, n]), torch.tensor([n]), **options)
+        assert torch.equal(alone, out[of])
+
+
+@pytest.mark.parametrize("window", [None, 100])
+def test_tiled_attention_over_blocks(level: None, window: int | None) -> None:
+    """New tokens after cached ones, in scattered blocks that hold NaN where no token of a sequence lies; a prompt that
+    is cut into parts gets what it gets as a whole."""
+    size, kv_heads, width, lens, new = 16, 2, 32, [200, 64, 17, 129], [200, 1, 5, 70]
+    tables = torch.randperm(60)[: 4 * 13].view(4, 13).int()
+    keys, values = torch.full((2, 60, size, kv_heads, width), torch.nan)
+    k, v = torch.randn(2, 4, 200, kv_heads, width)
+    for s, n in enumerate(lens):
+        for cache, rows in ((keys, k), (values, v)):
+            position = torch.arange(n)
+            cache[tables[s, position // size].long(), position % size] = rows[s, :n]
+    starts = torch.tensor([0, *new]).cumsum(0)
+    q = torch.randn(int(starts[-1]), 6, width)
+    options = {"scale": 0.2, "causal": True, "window": window}
+    out = cpu.tiled_attention(q, keys, values, starts, torch.tensor(lens), tables=tables, **options)
+    for s, n in enumerate(lens):
+        of = slice(int(starts[s]), int(starts[s + 1]))
+        wanted = attention_reference(q[of], k[s, :n], v[s, :n], **options)
+        torch.testing.assert_close(out[of], wanted, rtol=1e-5, atol=1e-5)
+    for begin, end in ((0, 1), (1, 90), (90, 200)):
+        ends = (torch.tensor([0, end - begin]), torch.tensor([end]))
+        part = cpu.tiled_attention(q[begin:end], keys, values, *ends, tables=tables[:1], **options)
+        assert torch.equal(part, out[begin:end])
+
+
 @pytest.mark.parametrize(("channels", "taps"), [(6, 4), (40, 2), (2100, 4)])
 def test_convolution_step(level: None, channels: int, taps: int) -> None:
     x, weight = torch.randn(3, channels), torch.randn(channels, taps)

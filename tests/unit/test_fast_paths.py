@@ -31,6 +31,7 @@ FAST_PATHS: dict[str, tuple[str, str]] = {
     "cpu rope_table": ("engine.layers.rope.RotaryEmbedding.cos_sin", f"{CPU_OPS}::test_rotation"),
     "cpu rope": ("engine.layers.rope.apply_rope", f"{CPU_OPS}::test_rotation"),
     "cpu attention": ("engine.ops.attention.attention_reference", f"{CPU_OPS}::test_decode_attention"),
+    "cpu tiled_attention": ("engine.ops.attention.attention_reference", f"{CPU_OPS}::test_tiled_attention"),
     "cpu gated_activation": ("engine.ops.elementwise.ACTIVATIONS", f"{CPU_OPS}::test_gated_activation"),
     "cpu add": ("torch.add", f"{CPU_OPS}::test_add"),
     "cpu conv_step": ("engine.ops.causal_conv.causal_conv_step_slots", f"{CPU_OPS}::test_convolution_step"),

@@ -8,6 +8,7 @@ test_cpu_ops.py).
 
 from engine.ops.cpu.calls import (
     ACTIVATIONS,
+    MAX_WIDTH,
     add,
     conv_step,
     decode_attention,
@@ -16,6 +17,7 @@ from engine.ops.cpu.calls import (
     rms_norm,
     rope,
     rope_table,
+    tiled_attention,
 )
 from engine.ops.cpu.gemm import int8_activations, takes_rounded, with_int8_activations
 from engine.ops.cpu.library import LEVELS, Arena, Program, available, capture, level, set_num_threads, takes
@@ -35,6 +37,7 @@ __all__ = [
     "LEVELS",
     "MAX_ROWS",
     "MAX_ROWS_OF_INTEGERS",
+    "MAX_WIDTH",
     "Arena",
     "PackedWeight",
     "Program",
@@ -58,5 +61,6 @@ __all__ = [
     "takes_ids",
     "takes_rounded",
     "takes_rows",
+    "tiled_attention",
     "with_int8_activations",
 ]

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <limits>
 #include <vector>
 
 #include "kernels.h"
@@ -104,11 +105,12 @@ inline Vec load_half(const uint16_t* from) {
 #include "rounded.inl"
 #include "elementwise.inl"
 #include "attention.inl"
+#include "attention_tiles.inl"
 #include "recurrent.inl"
 
 }  // namespace
 
-const Kernels kernels{multiply_rows, round_row, multiply_rounded, widen_rows, norm_rows, rotate, activate_rows, add_rows, attend, convolve, advance};
+const Kernels kernels{multiply_rows, round_row, multiply_rounded, widen_rows, norm_rows, rotate, activate_rows, add_rows, attend, attend_tile, convolve, advance};
 
 }  // namespace whet::avx2
 #endif

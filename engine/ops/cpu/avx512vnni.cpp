@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <limits>
 #include <vector>
 
 #include "kernels.h"
@@ -30,11 +31,12 @@ inline Vec dot_signed(Bytes w, Bytes x) {
 #include "rounded.inl"
 #include "elementwise.inl"
 #include "attention.inl"
+#include "attention_tiles.inl"
 #include "recurrent.inl"
 
 }  // namespace
 
-const Kernels kernels{multiply_rows, round_row, multiply_rounded, widen_rows, norm_rows, rotate, activate_rows, add_rows, attend, convolve, advance};
+const Kernels kernels{multiply_rows, round_row, multiply_rounded, widen_rows, norm_rows, rotate, activate_rows, add_rows, attend, attend_tile, convolve, advance};
 
 }  // namespace whet::avx512vnni
 #endif

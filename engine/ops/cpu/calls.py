@@ -66,6 +66,18 @@ _DELTA_STEP, _DeltaStep = _struct(
     **_fields(_FLOAT, "eps reserved"),
 )
 
+_TILED_ATTENTION, _TiledAttention = _struct(
+    "tiled_attention",
+    **_fields(_POINTER, "q keys values tables seq_starts kv_lens out"),
+    **_fields(_INTEGER, "sequences heads kv_heads width q_stride key_stride value_stride"),
+    **_fields(_INTEGER, "block_size table_stride window"),
+    **_fields(_FLOAT, "scale"),
+    **_fields(_INT32, "causal"),
+)
+
+MAX_WIDTH = 512
+"""The widest head that ``tiled_attention`` takes."""
+
 ACTIVATIONS = {"silu": 0, "swish": 0, "gelu": 1, "gelu_new": 2, "gelu_pytorch_tanh": 2, "relu": 3, "sigmoid": 4}
 """``Activation`` of kernels.h by Hugging Face ``hidden_act``."""
 
@@ -165,6 +177,63 @@ def decode_attention(
         0.0,
     )
     call(_ATTENTION, args, (q, k, v, keys, values, slots, tables, kv_lens, out))
+    return out
+
+
+def _end_to_end(x: Tensor) -> Tensor:
+    """x [T, H, D] with the heads of a token end to end; copied where they are not."""
+    return x if x.stride(2) == 1 and x.stride(1) == x.shape[2] else x.contiguous()
+
+
+def tiled_attention(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    seq_starts: Tensor,
+    kv_lens: Tensor,
+    *,
+    tables: Tensor | None = None,
+    scale: float,
+    causal: bool,
+    window: int | None,
+) -> Tensor:
+    """Any number of new tokens of each of S sequences attend to what their sequence has.
+
+    Args:
+        q: [T, H_q, D], D up to MAX_WIDTH.
+        keys, values: [blocks, P, H_kv, D], contiguous, the new tokens' included; without tables, [T, H_kv, D], a
+            sequence's rows end to end.
+        seq_starts: [S + 1] int64, rows of q. kv_lens: [S] int64, the new tokens included.
+        tables: [S, max blocks] int32.
+        window: tokens that a query sees on each side, itself included.
+    Returns: [T, H_q, D].
+    """
+    q = _end_to_end(q)
+    if tables is None:
+        keys, values = _end_to_end(keys), _end_to_end(values)
+    out = empty(q.shape)
+    args = _TiledAttention(
+        q.data_ptr(),
+        keys.data_ptr(),
+        values.data_ptr(),
+        None if tables is None else tables.data_ptr(),
+        seq_starts.data_ptr(),
+        kv_lens.data_ptr(),
+        out.data_ptr(),
+        len(kv_lens),
+        q.shape[1],
+        keys.shape[-2],
+        q.shape[2],
+        q.stride(0),
+        keys.stride(-3),
+        values.stride(-3),
+        1 if tables is None else keys.shape[1],
+        0 if tables is None else tables.stride(0),
+        0 if window is None else window,
+        scale,
+        causal,
+    )
+    call(_TILED_ATTENTION, args, (q, keys, values, tables, seq_starts, kv_lens, out))
     return out
 
 

@@ -58,6 +58,7 @@ WHET_API int64_t whet_cpu_size(int64_t kind) {
     case whet::Kind::kAdd: return sizeof(whet::Add);
     case whet::Kind::kConvStep: return sizeof(whet::ConvStep);
     case whet::Kind::kDeltaStep: return sizeof(whet::DeltaStep);
+    case whet::Kind::kTiledAttention: return sizeof(whet::TiledAttention);
   }
   return -1;
 }

@@ -126,6 +126,25 @@ struct Attention {
   float reserved;
 };
 
+// Any number of new tokens of each of S sequences attend to what their sequence has, the new tokens included, whose keys
+// and values are in their places already (attention_tiles.inl).
+struct TiledAttention {
+  const float* q;             // [T, H_q, D]
+  const float* keys;          // rows [H_kv, D]
+  const float* values;        // the same
+  const int32_t* tables;      // [S, table_stride], blocks of P rows in order; null: a sequence's rows lie end to end
+  const int64_t* seq_starts;  // [S + 1], rows of q
+  const int64_t* kv_lens;     // [S], with the new tokens
+  float* out;                 // [T, H_q, D]
+  int64_t sequences, heads, kv_heads, width;
+  int64_t q_stride, key_stride, value_stride;  // from token to token; heads are end to end
+  int64_t block_size;  // P
+  int64_t table_stride;
+  int64_t window;  // tokens that a query sees on each side, itself included; 0: all
+  float scale;
+  int32_t causal;
+};
+
 enum class Activation : int32_t { kSilu = 0, kGelu = 1, kGeluTanh = 2, kRelu = 3, kSigmoid = 4 };
 
 // activation(gate) * up, [outer, inner, width]; gate and up may have strides.
@@ -178,6 +197,7 @@ struct DeltaStep {
 
 enum class Kind : int64_t {
   kLinear, kWidenRows, kGather, kRmsNorm, kRopeTable, kRope, kAttention, kGatedActivation, kAdd, kConvStep, kDeltaStep,
+  kTiledAttention,
 };
 
 struct Op {
@@ -205,6 +225,8 @@ struct Kernels {
   // query, and its weighted values [heads / kv_heads, D], not yet divided by the sum.
   void (*attend)(const Attention& op, int64_t token, int64_t kv_head, int64_t begin, int64_t end, float* peaks,
                  float* sums, float* weighted);
+  // Tokens [first, first + tokens) of the new ones of a sequence, for the queries of one key head.
+  void (*attend_tile)(const TiledAttention& op, int64_t sequence, int64_t first, int64_t tokens, int64_t kv_head);
   void (*convolve)(const ConvStep& op, int64_t token, int64_t begin, int64_t end);  // channels
   void (*advance)(const DeltaStep& op, int64_t token, int64_t value_head);
 };

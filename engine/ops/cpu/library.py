@@ -35,6 +35,7 @@ KINDS = (
     "add",
     "conv_step",
     "delta_step",
+    "tiled_attention",
 )
 """``Kind`` of kernels.h, in its order."""
 

@@ -14,6 +14,8 @@ namespace {
 constexpr int64_t kPieceBytes = 1 << 16;
 // Numbers that one piece of a cheap operation covers; less is not worth a second thread.
 constexpr int64_t kPieceNumbers = 1 << 14;
+// Rows of queries that are taken together.
+constexpr int64_t kTileQueries = 96;
 // Tokens of a sequence whose softmax is taken together: few, since a short sequence has few pieces for the threads.
 constexpr int64_t kSpan = 64;
 
@@ -173,6 +175,29 @@ void run(const Attention& op, const Kernels& kernels) {
   }
 }
 
+// Some new tokens of one sequence, for the queries of one key head.
+struct QueryTile {
+  int64_t sequence, first, tokens, kv_head;
+};
+
+void run(const TiledAttention& op, const Kernels& kernels) {
+  const int64_t step = std::max<int64_t>(1, kTileQueries / (op.heads / op.kv_heads));
+  thread_local std::vector<QueryTile> tiles;
+  tiles.clear();
+  for (int64_t s = 0; s < op.sequences; ++s) {
+    const int64_t tokens = op.seq_starts[s + 1] - op.seq_starts[s];
+    if (tokens == 0) continue;
+    // The last ones first: they see most, and what is left at the end should be short.
+    for (int64_t first = (tokens - 1) / step * step; first >= 0; first -= step)
+      for (int64_t head = 0; head < op.kv_heads; ++head)
+        tiles.push_back({s, first, std::min(step, tokens - first), head});
+  }
+  const QueryTile* all = tiles.data();
+  in_parallel(static_cast<int64_t>(tiles.size()), [&](int64_t i) {
+    kernels.attend_tile(op, all[i].sequence, all[i].first, all[i].tokens, all[i].kv_head);
+  });
+}
+
 void run(const GatedActivation& op, const Kernels& kernels) {
   // An exponential costs as much as some sums.
   over_rows(op.outer * op.inner, 4 * op.width, [&](int64_t begin, int64_t end) { kernels.activate_rows(op, begin, end); });
@@ -237,6 +262,7 @@ Status run(const Op* ops, int64_t count, const Kernels& kernels) try {
       case Kind::kRopeTable: run(*static_cast<const RopeTable*>(args)); break;
       case Kind::kRope: run(*static_cast<const Rope*>(args), kernels); break;
       case Kind::kAttention: run(*static_cast<const Attention*>(args), kernels); break;
+      case Kind::kTiledAttention: run(*static_cast<const TiledAttention*>(args), kernels); break;
       case Kind::kGatedActivation: run(*static_cast<const GatedActivation*>(args), kernels); break;
       case Kind::kAdd: run(*static_cast<const Add*>(args), kernels); break;
       case Kind::kConvStep: run(*static_cast<const ConvStep*>(args), kernels); break;
