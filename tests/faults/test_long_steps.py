@@ -53,7 +53,7 @@ async def test_a_step_longer_than_the_heartbeat_timeout_costs_nothing(tiny_llama
 
 async def test_a_loop_that_stands_beyond_the_step_timeout_is_replaced(tiny_llama: Path, tmp_path: Path) -> None:
     """Though its process is alive and beats all the while."""
-    async with running_pool({MODEL: tiny_llama}, tmp_path, step_timeout_seconds=2.0, stale_seconds=1.0) as pool:
+    async with running_pool({MODEL: tiny_llama}, tmp_path, step_timeout_seconds=5.0, stale_seconds=1.0) as pool:
         fifo = make_slow_adapter(tmp_path)
         call = asyncio.create_task(pool.load_adapter_version(MODEL, "slow", 1))
         await until(lambda: not pool.healthy)
