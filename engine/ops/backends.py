@@ -88,4 +88,5 @@ def implementations(device: torch.device) -> dict[str, str]:
         "gated_rms_norm": kernels,
         "gated_activation": kernels,
         "rope": kernels,
+        "int8.linear": kernels,
     }

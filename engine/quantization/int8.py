@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from engine.errors import FormatError
 from engine.ops import cpu
+from engine.ops.backends import uses_triton_forward
 from engine.ops.quantized import WeightRows, quantized_linear, unpack_int8
 from engine.quantization.base import LinearScheme
 from engine.quantization.packing import packed_width
@@ -61,6 +62,11 @@ class Int8PerChannel(LinearScheme):
 
     def apply(self, module: nn.Module, x: Tensor) -> Tensor:
         weight, scale = module.get_parameter("weight"), module.get_parameter("weight_scale")
+        if uses_triton_forward(x, scale):
+            from engine.ops.triton import int8_rows
+
+            if int8_rows.takes(x):
+                return int8_rows.linear(x, weight, scale)
         packed = cpu.packed(module, weight, lambda: cpu.StoredWeight(weight, scale))
         if packed is not None and cpu.takes_rounded(x):
             return packed.linear(x, rounds=True)

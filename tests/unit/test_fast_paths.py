@@ -74,6 +74,7 @@ FAST_PATHS: dict[str, tuple[str, str]] = {
     "triton paged_attention": ("engine.ops.attention.attention_reference", TRITON),
     "triton gated_activation": ("engine.ops.elementwise.ACTIVATIONS", TRITON),
     "triton rope": ("engine.layers.rope.apply_rope", TRITON),
+    "triton int8_rows": ("engine.quantization.int8.Int8PerChannel.dequantize", TRITON),
     "triton lora_rows": ("engine.lora.slots.add_rows_reference", TRITON),
     "triton rms_norm": ("engine.ops.norm.rms_norm", TRITON),
 }

@@ -91,6 +91,13 @@ def lora_rows() -> None:
         lora_rows.add_rows(narrow(8, 2048), narrow(8, 1024), index(8), *table, rank)
 
 
+def int8_rows() -> None:
+    from engine.ops.triton import int8_rows
+
+    for rows in (1, 128):
+        int8_rows.linear(narrow(rows, 1024), torch.zeros(3584, 1024, dtype=torch.int8), narrow(3584, 1))
+
+
 CALLS: dict[str, tuple[Callable[[], None], int]] = {
     # By name: what calls the kernels, and how many it launches.
     "paged_attention, 0.8B hybrid": (lambda: paged_attention(1, 8, 2, 256, None, None), 3),
@@ -101,6 +108,7 @@ CALLS: dict[str, tuple[Callable[[], None], int]] = {
     "gated_activation": (gated_activation, 3),
     "rope": (rope, 1),
     "lora_rows": (lora_rows, 4),
+    "int8_rows": (int8_rows, 2),
 }
 
 

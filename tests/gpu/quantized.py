@@ -1,0 +1,43 @@
+"""Products by weights as they are stored, against products by the weight made wide, in float64 on the CPU."""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from engine.context import packed_context
+from engine.layers.linear import Linear
+from engine.quantization.int8 import Int8PerChannel
+from tests.gpu.checks import Worst, check
+from tests.gpu.elementwise import needs_triton
+from tests.gpu.kernels import ROUNDING, TYPES, Numbers, wide
+
+
+@check
+def int8_linear(device: torch.device) -> float:
+    """One row and many, beyond what the kernel takes too; sizes that are no multiple of a block; strided rows."""
+    needs_triton(device)
+    worst = Worst()
+    # (rows, inputs, outputs)
+    shapes = [(1, 24, 40), (3, 130, 17), (20, 300, 70), (300, 16, 8)]
+    if device.type == "cuda":
+        shapes += [(1, 1024, 3584), (128, 3584, 1024), (7, 1024, 248320)]
+    for (rows, inputs, outputs), dtype in itertools.product(shapes, TYPES):
+        draw = Numbers(device, rows)
+        linear = Linear(inputs, outputs, name="l", scheme=Int8PerChannel("int-quantized"), dtype=dtype)
+        stored = torch.randint(-127, 128, (outputs, inputs), generator=draw.generator, dtype=torch.int8).to(device)
+        scale = draw.normal(outputs, 1, dtype=dtype).abs() * 0.01
+        linear.register_parameter("weight", nn.Parameter(stored, requires_grad=False))
+        linear.register_parameter("weight_scale", nn.Parameter(scale, requires_grad=False))
+        x = draw.normal(rows, 2 * inputs, dtype=dtype)[:, :inputs]
+        with torch.inference_mode():
+            got = linear(x, packed_context([rows], device=device))
+        x_, stored_, scale_ = wide(x, stored, scale)
+        assert got.dtype == dtype
+        # The torch form, which takes more rows than the kernel, rounds the wide weight.
+        bound = ROUNDING[dtype] * (2 if rows > 256 else 1)
+        worst.compare(got, F.linear(x_, stored_ * scale_), bound, f"{rows} x {inputs} to {outputs}, {dtype}")
+    return worst.figure
