@@ -14,10 +14,9 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine.config import ModelConfig
+from engine.config import LinearAttentionConfig, ModelConfig
 from engine.context import ForwardContext, RecurrentStates, StateSave
 from engine.layers.joint import JointLinears
 from engine.layers.linear import Linear
@@ -26,12 +25,14 @@ from engine.ops.causal_conv import causal_conv, causal_conv_step_slots
 from engine.ops.delta_rule import (
     DeltaPlan,
     gated_delta_rule,
+    gated_delta_sequence,
     gated_delta_step,
     gated_delta_step_slots,
     gates,
     l2_normalize,
     plan_delta_rule,
     steps_by_index,
+    takes_sequences,
 )
 from engine.quantization.base import SchemeMap
 
@@ -85,7 +86,7 @@ class GatedDeltaNet(nn.Module):
         shape, num_tokens = self.shape, x.shape[0]
         qkv, z, b, a = self.in_proj(x, ctx)
         z = z.view(num_tokens, shape.num_value_heads, shape.value_head_dim)
-        batch = _batch(ctx, qkv, shape.key_head_dim)
+        batch = _batch(ctx, qkv, shape)
         if ctx.states is not None and batch.fresh is not None:
             for tensor in (ctx.states.windows[self.layer_index], ctx.states.matrices[self.layer_index]):
                 tensor.index_fill_(0, batch.fresh, 0)  # what an earlier sequence left there
@@ -109,18 +110,19 @@ class GatedDeltaNet(nn.Module):
         """The convolution and SiLU: [T, C]."""
         weight = self.conv1d.weight.squeeze(1)
         if ctx.states is None:
-            return F.silu(causal_conv(qkv, weight, ctx.seq_starts)[0])
+            return causal_conv(qkv, weight, ctx.seq_starts, silu=True)[0]
         windows = ctx.states.windows[self.layer_index]
-        if batch.plan is None and batch.step_rows is not None:
+        if batch.plan is None and not batch.spans and batch.step_rows is not None:
             out = causal_conv_step_slots(qkv, weight, windows, batch.slots)
             _copy_slots(windows, batch.step_saves)
             return out
         captures = [(save.row, save.num_tokens) for save in ctx.state_saves]
-        out, after, captured = causal_conv(qkv, weight, ctx.seq_starts, windows.index_select(0, batch.slots), captures)
+        before = windows.index_select(0, batch.slots)
+        out, after, captured = causal_conv(qkv, weight, ctx.seq_starts, before, captures, silu=True)
         windows.index_copy_(0, batch.slots, after.to(windows.dtype))
         for save, window in zip(ctx.state_saves, captured, strict=True):
             windows[save.slot] = window
-        return F.silu(out, inplace=not torch.is_grad_enabled())
+        return out
 
     def _chunks(
         self, inputs: DeltaInputs, plan: DeltaPlan, initial: Tensor | None
@@ -148,10 +150,16 @@ class GatedDeltaNet(nn.Module):
             out = torch.empty_like(inputs[2], memory_format=torch.contiguous_format).index_copy_(0, rows, part)
         if out is None:
             out = torch.empty_like(inputs[2], memory_format=torch.contiguous_format)
+        for span in batch.spans:
+            q, k, v, a, b = (x[span.start : span.end] for x in inputs)
+            state = matrices[span.slot]
+            gated_delta_sequence(q, k, v, a, b, self.A_log, self.dt_bias, state, out[span.start : span.end])
+            for slot in span.saves:
+                matrices[slot] = state
         if batch.step_rows is not None:
             assert batch.step_slots is not None
             gated_delta_step_slots(*inputs, self.A_log, self.dt_bias, matrices, batch.step_rows, batch.step_slots, out)
-        else:
+        elif batch.steps:
             q, k, v, a, b = inputs
             q, k = l2_normalize(q, scale=q.shape[-1] ** -0.5), l2_normalize(k)
             g, beta = gates(a, b, self.A_log, self.dt_bias)
@@ -169,6 +177,16 @@ def _copy_slots(tensor: Tensor, copies: tuple[Tensor, Tensor] | None) -> None:
         tensor.index_copy_(0, target, tensor.index_select(0, source))
 
 
+@dataclass(frozen=True, slots=True)
+class _Span:
+    """Tokens [start, end) of one sequence, whose state is in a slot and is copied to others after them."""
+
+    start: int
+    end: int
+    slot: int
+    saves: tuple[int, ...]
+
+
 @dataclass(slots=True)
 class _Batch:
     """Index tensors that every recurrent layer of one forward needs.
@@ -176,7 +194,8 @@ class _Batch:
     Attributes:
         slots: [S], of all sequences.
         fresh: slots of sequences without a past, or None.
-        plan: of the sequences with more than one new token, or None if there is none.
+        spans: of the sequences with more than one new token, where ``gated_delta_sequence`` takes them.
+        plan: of these sequences where it does not, or None if there is none.
         plan_rows: their tokens, or None for all tokens. plan_slots, plan_saves: theirs.
         steps: with torch on a CPU, (first token, first slot, count) of runs of sequences with one new token, whose
             tokens and slots both follow each other: such a run is advanced in place.
@@ -186,6 +205,7 @@ class _Batch:
 
     slots: Tensor
     fresh: Tensor | None
+    spans: list[_Span]
     plan: DeltaPlan | None
     plan_rows: Tensor | None
     plan_slots: Tensor | None
@@ -196,27 +216,27 @@ class _Batch:
     step_saves: tuple[Tensor, Tensor] | None
 
 
-def _batch(ctx: ForwardContext, qkv: Tensor, key_width: int) -> _Batch:
-    """Made by the first layer that asks. qkv and key_width: of any layer."""
+def _batch(ctx: ForwardContext, qkv: Tensor, shape: LinearAttentionConfig) -> _Batch:
+    """Made by the first layer that asks. qkv: of any layer."""
     assert ctx.scratch is not None
     if "gated_delta_net" not in ctx.scratch:
-        ctx.scratch["gated_delta_net"] = _make_batch(ctx, qkv, key_width)
+        ctx.scratch["gated_delta_net"] = _make_batch(ctx, qkv, shape)
     batch: _Batch = ctx.scratch["gated_delta_net"]
     return batch
 
 
-def _make_batch(ctx: ForwardContext, qkv: Tensor, key_width: int) -> _Batch:
+def _make_batch(ctx: ForwardContext, qkv: Tensor, shape: LinearAttentionConfig) -> _Batch:
     by_index = steps_by_index(qkv)
     if by_index and ctx.decode is not None and (decode_slots := ctx.decode.state_slots) is not None:
-        return _Batch(decode_slots, None, None, None, None, [], [], ctx.decode.rows, decode_slots, None)
+        return _Batch(decode_slots, None, [], None, None, None, [], [], ctx.decode.rows, decode_slots, None)
     lengths, slots = ctx.seq_lens(), list(ctx.state_slots)
 
     def index(numbers: Sequence[int]) -> Tensor | None:
         return _index(numbers, qkv.device) if numbers else None
 
     if ctx.states is None:
-        plan = plan_delta_rule(lengths, (), qkv, key_width)
-        return _Batch(_index((), qkv.device), None, plan, None, None, [], [], None, None, None)
+        plan = plan_delta_rule(lengths, (), qkv, shape.key_head_dim)
+        return _Batch(_index((), qkv.device), None, [], plan, None, None, [], [], None, None, None)
     assert len(slots) == len(lengths), "a slot per sequence"
     planned = [s for s, length in enumerate(lengths) if length > 1]
     stepped = [s for s, length in enumerate(lengths) if length == 1]
@@ -224,6 +244,7 @@ def _make_batch(ctx: ForwardContext, qkv: Tensor, key_width: int) -> _Batch:
     batch = _Batch(
         slots=_index(slots, qkv.device),
         fresh=index([slot for slot, n, total in zip(slots, lengths, ctx.kv_lens, strict=True) if n == total]),
+        spans=[],
         plan=None,
         plan_rows=None,
         plan_slots=index([slots[s] for s in planned]),
@@ -236,14 +257,27 @@ def _make_batch(ctx: ForwardContext, qkv: Tensor, key_width: int) -> _Batch:
     if step_saves:
         sources, targets = zip(*step_saves, strict=True)
         batch.step_saves = (_index(sources, qkv.device), _index(targets, qkv.device))
-    if planned:
+    if planned and takes_sequences(qkv, shape.key_head_dim, shape.value_head_dim):
+        batch.spans = [span for s in planned for span in _spans(ctx, s)]
+    elif planned:
         place = {s: i for i, s in enumerate(planned)}
         captures = [(place[save.row], save.num_tokens) for save in batch.plan_saves]
-        batch.plan = plan_delta_rule([lengths[s] for s in planned], captures, qkv, key_width)
+        batch.plan = plan_delta_rule([lengths[s] for s in planned], captures, qkv, shape.key_head_dim)
         if stepped:
             spans = list(pairwise(ctx.seq_starts))
             batch.plan_rows = index([row for s in planned for row in range(*spans[s])])
     return batch
+
+
+def _spans(ctx: ForwardContext, sequence: int) -> list[_Span]:
+    """The tokens of a sequence, cut where a state is to be saved."""
+    first, end = ctx.seq_starts[sequence], ctx.seq_starts[sequence + 1]
+    saves = [(first + save.num_tokens, save.slot) for save in ctx.state_saves if save.row == sequence]
+    ends = sorted({end, *(at for at, _ in saves)})
+    return [
+        _Span(a, b, ctx.state_slots[sequence], tuple(slot for at, slot in saves if at == b))
+        for a, b in pairwise([first, *ends])
+    ]
 
 
 def _runs(pairs: Sequence[tuple[int, int]]) -> list[tuple[int, int, int]]:

@@ -28,8 +28,10 @@ def causal_conv(
     seq_starts: Sequence[int],
     windows: Tensor | None = None,
     captures: Sequence[tuple[int, int]] = (),
+    *,
+    silu: bool = False,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """y_t = sum_j weight[:, j] x_{t - W + 1 + j}, no activation.
+    """y_t = sum_j weight[:, j] x_{t - W + 1 + j}.
 
     Args:
         x: [T, C].
@@ -37,6 +39,7 @@ def causal_conv(
         seq_starts: S + 1 offsets, from 0 to T.
         windows: [S, W - 1, C] of any type; None: zeros.
         captures: (sequence, number of its leading tokens) after which the window is wanted.
+        silu: of y, the activation that follows in gated delta-nets.
     Returns: y [T, C] in the type of x; the windows after each sequence [S, W - 1, C]; the captured ones, each
         [W - 1, C]. Windows are in the type of x.
     """
@@ -44,6 +47,46 @@ def causal_conv(
     if windows is None:
         windows = x.new_zeros(num_sequences, carried, x.shape[1])
     windows = windows.to(x.dtype)
+    if _kernel_takes(x, weight.shape[1]) and cpu.takes(x, weight, windows):
+        return _by_kernel(x, weight, seq_starts, windows, captures, silu=silu)
+    y, after, captured = _by_taps(x, weight, seq_starts, windows, captures)
+    return (F.silu(y, inplace=not torch.is_grad_enabled()) if silu else y), after, captured
+
+
+def _kernel_takes(x: Tensor, taps: int) -> bool:
+    """Whether the kernel for CPUs computes with these shapes."""
+    return taps <= cpu.MAX_TAPS and x.numel() > 0 and x.stride(-1) == 1
+
+
+def _by_kernel(
+    x: Tensor,
+    weight: Tensor,
+    seq_starts: Sequence[int],
+    windows: Tensor,
+    captures: Sequence[tuple[int, int]],
+    *,
+    silu: bool,
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """``causal_conv`` in one pass over x, which is not copied."""
+    carried, by_tap, windows = weight.shape[1] - 1, weight.mT.contiguous(), windows.contiguous()
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    for s, (start, end) in enumerate(pairwise(seq_starts)):
+        cpu.conv(x[start:end], by_tap, windows[s], y[start:end], silu=silu)
+
+    def window_after(sequence: int, num_tokens: int) -> Tensor:
+        start = seq_starts[sequence]
+        new = x[start + max(0, num_tokens - carried) : start + num_tokens]
+        return new if len(new) == carried else torch.cat((windows[sequence, len(new) :], new))
+
+    after = torch.stack([window_after(s, end - start) for s, (start, end) in enumerate(pairwise(seq_starts))])
+    return y, after, [window_after(s, n) for s, n in captures]
+
+
+def _by_taps(
+    x: Tensor, weight: Tensor, seq_starts: Sequence[int], windows: Tensor, captures: Sequence[tuple[int, int]]
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """``causal_conv`` without activation, in operations of torch."""
+    num_sequences, carried = len(seq_starts) - 1, weight.shape[1] - 1
     if len(x) == num_sequences and not captures:  # one token each
         extended = torch.cat((windows, x[:, None]), dim=1)
         return (extended * weight.to(x.dtype).mT).sum(dim=1), extended[:, 1:], []
@@ -125,10 +168,13 @@ class _Taps(torch.autograd.Function):
 
 
 def _taps_in_blocks(extended: Tensor, taps: Sequence[Tensor]) -> Tensor:
-    """Some rows at a time, so that they stay in the processor's cache from tap to tap."""
+    """Some rows at a time, so that they stay in the processor's cache from tap to tap; by the kernel where it can."""
     carried = len(taps) - 1
     length = len(extended) - carried
     y = extended.new_empty(length, extended.shape[1])
+    if length > 0 and _kernel_takes(extended, len(taps)) and cpu.takes(extended, *taps):
+        cpu.conv(extended[carried:], torch.stack(tuple(taps)), extended[:carried], y, silu=False)
+        return y
     rows = length if extended.is_cuda else max(1, BLOCK_ELEMENTS // extended.shape[1])
     for start in range(0, length, rows):
         part = y[start : start + rows]

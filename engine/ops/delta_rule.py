@@ -10,9 +10,9 @@ Three forms of the same: ``recurrent_gated_delta_rule`` token by token is the re
 many sequences by one token each; ``chunk_gated_delta_rule`` works on chunks by matrix products, for prefill and
 training, and autograd gives its backward. Proof: tests/unit/test_delta_rule.py.
 
-Two entries take q and k as they are and choose the form: ``plan_delta_rule`` with ``gated_delta_rule``, and
-``gated_delta_step_slots``. Proof of the forms for CUDA: tests/unit/test_triton_kernels.py, tests/gpu; of the kernel for
-CPUs: tests/unit/test_cpu_ops.py.
+Three entries take q and k as they are: ``plan_delta_rule`` with ``gated_delta_rule``, and ``gated_delta_step_slots``,
+which choose the form, and ``gated_delta_sequence``, a kernel for CPUs. Proof of the forms for CUDA:
+tests/unit/test_triton_kernels.py, tests/gpu; of the kernels for CPUs: tests/unit/test_cpu_ops.py.
 """
 
 from __future__ import annotations
@@ -176,6 +176,35 @@ def gated_delta_step_slots(
     stepped, after = gated_delta_step(*inputs, matrices.index_select(0, slots), inplace=True)
     matrices.index_copy_(0, slots, after)
     out.index_copy_(0, rows, stepped)
+
+
+def takes_sequences(x: Tensor, key_width: int, value_width: int) -> bool:
+    """Whether ``gated_delta_sequence`` computes with inputs like x and heads of these widths."""
+    return cpu.takes(x) and key_width % cpu.CHUNK_WIDTHS == 0 and value_width % cpu.CHUNK_WIDTHS == 0
+
+
+def gated_delta_sequence(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor,
+    b: Tensor,
+    a_log: Tensor,
+    dt_bias: Tensor,
+    state: Tensor,
+    out: Tensor,
+) -> None:
+    """The tokens of one sequence, from a state and back into it: ``chunk_gated_delta_rule`` as one kernel, which a head
+    of a sequence passes chunk by chunk in the nearest caches. Where ``takes_sequences``; no gradient.
+
+    Args:
+        q, k: [T, H_k, K], neither scaled nor normalised. v: [T, H_v, V].
+        a, b, a_log, dt_bias: of ``gates``.
+        state: [H_v, K, V] float32, contiguous, advanced in place.
+        out: [T, H_v, V], contiguous, written.
+    """
+    assert cpu.takes(q, k, v, a, b, a_log, dt_bias, state, out), "takes_sequences tells"
+    cpu.delta_chunk(q, k, v, a, b, a_log, dt_bias, state, L2_EPS, out)
 
 
 @dataclass(slots=True)

@@ -16,8 +16,14 @@ from engine.context import DecodeInputs, ForwardContext, PagedCache
 from engine.layers.rope import RotaryEmbedding, apply_rope
 from engine.ops import cpu
 from engine.ops.attention import attention, attention_reference
-from engine.ops.causal_conv import causal_conv_step_slots
-from engine.ops.delta_rule import gated_delta_step_slots, gates, l2_normalize, recurrent_gated_delta_rule
+from engine.ops.causal_conv import causal_conv, causal_conv_step_slots
+from engine.ops.delta_rule import (
+    gated_delta_sequence,
+    gated_delta_step_slots,
+    gates,
+    l2_normalize,
+    recurrent_gated_delta_rule,
+)
 from engine.ops.elementwise import ACTIVATIONS, add, gated_activation
 from engine.ops.norm import gated_rms_norm, rms_norm
 
@@ -232,6 +238,46 @@ def test_delta_step(level: None, key_heads: int, value_heads: int, k: int, v: in
         untouched = [i for i in range(5) if i not in slots]
         assert torch.equal(matrices[untouched], before[untouched])
         assert bool((out[[i for i in range(3) if i not in rows]] == 7.0).all())
+
+
+@pytest.mark.parametrize(("channels", "taps"), [(6, 4), (40, 2), (1100, 4), (16, 8)])
+@pytest.mark.parametrize("silu", [False, True])
+def test_convolution(level: None, channels: int, taps: int, silu: bool) -> None:
+    """Sequences longer and shorter than the window, whose inputs lie in wider rows; what the windows become."""
+    starts = [0, 1, 40, 42, 43 + taps]
+    x, weight = torch.randn(starts[-1], channels + 3)[:, :channels], torch.randn(channels, taps)
+    windows, captures = torch.randn(4, taps - 1, channels), [(1, 1), (1, 20), (3, taps + 1)]
+    wanted = causal_conv(x.double(), weight.double(), starts, windows.double(), captures, silu=silu)
+    found = causal_conv(x, weight, starts, windows, captures, silu=silu)
+    torch.testing.assert_close(found[0].double(), wanted[0], rtol=1e-5, atol=4e-6)
+    assert torch.equal(found[1].double(), wanted[1])
+    assert all(torch.equal(a.double(), b) for a, b in zip(found[2], wanted[2], strict=True))
+    alone = causal_conv(x, weight, starts, silu=silu)[0]
+    wanted_alone = causal_conv(x.double(), weight.double(), starts, silu=silu)[0]
+    torch.testing.assert_close(alone.double(), wanted_alone, rtol=1e-5, atol=4e-6)
+
+
+@pytest.mark.parametrize(("key_heads", "value_heads", "k", "v"), [(2, 2, 16, 16), (1, 3, 32, 48), (1, 1, 128, 128)])
+def test_delta_rule_of_a_sequence(level: None, key_heads: int, value_heads: int, k: int, v: int) -> None:
+    """Against the recurrence, token by token, in float64: chunks that are full and not, and decays of all sizes."""
+    for tokens in (2, 31, 64, 69):
+        mixed = torch.randn(tokens, 2 * key_heads * k + value_heads * v)
+        q_, k_, v_ = mixed.split([key_heads * k, key_heads * k, value_heads * v], dim=-1)
+        q_, k_, v_ = q_.view(tokens, -1, k), k_.view(tokens, -1, k), v_.view(tokens, -1, v)
+        a, b = torch.randn(tokens, value_heads) * 5 - 4, torch.randn(tokens, value_heads)
+        a_log, dt_bias = torch.randn(value_heads), torch.randn(value_heads)
+        state, out = torch.randn(value_heads, k, v), torch.empty(tokens, value_heads, v)
+        wanted, after = recurrent_gated_delta_rule(
+            l2_normalize(q_.double(), scale=k**-0.5),
+            l2_normalize(k_.double()),
+            v_.double(),
+            *gates(a.double(), b.double(), a_log.double(), dt_bias.double()),
+            [0, tokens],
+            state[None].double(),
+        )
+        gated_delta_sequence(q_, k_, v_, a, b, a_log, dt_bias, state, out)
+        torch.testing.assert_close(out.double(), wanted, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(state.double(), after[0], rtol=1e-4, atol=1e-5)
 
 
 def test_a_capture_notices_what_torch_computes() -> None:

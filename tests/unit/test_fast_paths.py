@@ -36,6 +36,11 @@ FAST_PATHS: dict[str, tuple[str, str]] = {
     "cpu add": ("torch.add", f"{CPU_OPS}::test_add"),
     "cpu conv_step": ("engine.ops.causal_conv.causal_conv_step_slots", f"{CPU_OPS}::test_convolution_step"),
     "cpu delta_step": ("engine.ops.delta_rule.recurrent_gated_delta_rule", f"{CPU_OPS}::test_delta_step"),
+    "cpu conv": ("engine.ops.causal_conv.taps_reference", f"{CPU_OPS}::test_convolution"),
+    "cpu delta_chunk": (
+        "engine.ops.delta_rule.recurrent_gated_delta_rule",
+        f"{CPU_OPS}::test_delta_rule_of_a_sequence",
+    ),
     # Whole steps of them.
     "captured decode steps": (
         "engine.core.runner.Runner",

@@ -8,10 +8,14 @@ test_cpu_ops.py).
 
 from engine.ops.cpu.calls import (
     ACTIVATIONS,
+    CHUNK_WIDTHS,
+    MAX_TAPS,
     MAX_WIDTH,
     add,
+    conv,
     conv_step,
     decode_attention,
+    delta_chunk,
     delta_step,
     gated_activation,
     rms_norm,
@@ -34,9 +38,11 @@ from engine.ops.cpu.weights import (
 
 __all__ = [
     "ACTIVATIONS",
+    "CHUNK_WIDTHS",
     "LEVELS",
     "MAX_ROWS",
     "MAX_ROWS_OF_INTEGERS",
+    "MAX_TAPS",
     "MAX_WIDTH",
     "Arena",
     "PackedWeight",
@@ -45,8 +51,10 @@ __all__ = [
     "add",
     "available",
     "capture",
+    "conv",
     "conv_step",
     "decode_attention",
+    "delta_chunk",
     "delta_step",
     "gated_activation",
     "int8_activations",

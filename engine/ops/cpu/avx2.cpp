@@ -107,10 +107,11 @@ inline Vec load_half(const uint16_t* from) {
 #include "attention.inl"
 #include "attention_tiles.inl"
 #include "recurrent.inl"
+#include "sequence.inl"
 
 }  // namespace
 
-const Kernels kernels{multiply_rows, round_row, multiply_rounded, widen_rows, norm_rows, rotate, activate_rows, add_rows, attend, attend_tile, convolve, advance};
+const Kernels kernels{multiply_rows, round_row, multiply_rounded, widen_rows, norm_rows, rotate, activate_rows, add_rows, attend, attend_tile, convolve, advance, convolve_rows, advance_chunks};
 
 }  // namespace whet::avx2
 #endif

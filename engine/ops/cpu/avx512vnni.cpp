@@ -33,10 +33,11 @@ inline Vec dot_signed(Bytes w, Bytes x) {
 #include "attention.inl"
 #include "attention_tiles.inl"
 #include "recurrent.inl"
+#include "sequence.inl"
 
 }  // namespace
 
-const Kernels kernels{multiply_rows, round_row, multiply_rounded, widen_rows, norm_rows, rotate, activate_rows, add_rows, attend, attend_tile, convolve, advance};
+const Kernels kernels{multiply_rows, round_row, multiply_rounded, widen_rows, norm_rows, rotate, activate_rows, add_rows, attend, attend_tile, convolve, advance, convolve_rows, advance_chunks};
 
 }  // namespace whet::avx512vnni
 #endif

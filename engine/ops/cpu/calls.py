@@ -65,6 +65,23 @@ _DELTA_STEP, _DeltaStep = _struct(
     **_fields(_INTEGER, "tokens key_heads value_heads key_width value_width q_stride k_stride v_stride"),
     **_fields(_FLOAT, "eps reserved"),
 )
+_CONV, _Conv = _struct(
+    "conv",
+    **_fields(_POINTER, "x weight window out"),
+    **_fields(_INTEGER, "tokens channels taps x_stride silu"),
+)
+_DELTA_CHUNK, _DeltaChunk = _struct(
+    "delta_chunk",
+    **_fields(_POINTER, "q k v a b a_log dt_bias state out"),
+    **_fields(_INTEGER, "tokens key_heads value_heads key_width value_width q_stride k_stride v_stride"),
+    **_fields(_FLOAT, "eps reserved"),
+)
+
+MAX_TAPS = 8
+"""Of ``conv``."""
+
+CHUNK_WIDTHS = 16
+"""K and V of ``delta_chunk`` are multiples of it."""
 
 _TILED_ATTENTION, _TiledAttention = _struct(
     "tiled_attention",
@@ -315,3 +332,59 @@ def delta_step(
         0.0,
     )
     call(_DELTA_STEP, args, (q, k, v, a, b, a_log, dt_bias, matrices, slots, out))
+
+
+def conv(x: Tensor, weight: Tensor, window: Tensor | None, out: Tensor, *, silu: bool) -> None:
+    """A causal convolution of one sequence; see engine.ops.causal_conv.
+
+    Args:
+        x: [T, C], of any stride from token to token.
+        weight: [W, C], contiguous, at most MAX_TAPS taps.
+        window: [W - 1, C], contiguous, the inputs before x; None: zeros.
+        out: [T, C], contiguous.
+        silu: of the result.
+    """
+    taps, channels = weight.shape
+    args = _Conv(
+        x.data_ptr(),
+        weight.data_ptr(),
+        None if window is None else window.data_ptr(),
+        out.data_ptr(),
+        len(x),
+        channels,
+        taps,
+        x.stride(0),
+        silu,
+    )
+    call(_CONV, args, (x, weight, window, out))
+
+
+def delta_chunk(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor,
+    b: Tensor,
+    a_log: Tensor,
+    dt_bias: Tensor,
+    state: Tensor,
+    eps: float,
+    out: Tensor,
+) -> None:
+    """The tokens of one sequence; see engine.ops.delta_rule.gated_delta_sequence. out [T, H_v, V] is contiguous."""
+    q, k, v = (x if x[0].is_contiguous() else x.contiguous() for x in (q, k, v))
+    a, b = a.contiguous(), b.contiguous()
+    args = _DeltaChunk(
+        *(t.data_ptr() for t in (q, k, v, a, b, a_log, dt_bias, state, out)),
+        v.shape[0],
+        k.shape[1],
+        v.shape[1],
+        k.shape[2],
+        v.shape[2],
+        q.stride(0),
+        k.stride(0),
+        v.stride(0),
+        eps,
+        0.0,
+    )
+    call(_DELTA_CHUNK, args, (q, k, v, a, b, a_log, dt_bias, state, out))

@@ -195,9 +195,42 @@ struct DeltaStep {
   float reserved;
 };
 
+// A causal convolution over the tokens of one sequence: y[t] = sum_j weight[j] x[t - (W - 1) + j], where places before the
+// first token are those of the window.
+constexpr int64_t kMaxTaps = 8;
+struct Conv {
+  const float* x;       // [T, C]
+  const float* weight;  // [W, C], at most kMaxTaps of them
+  const float* window;  // [W - 1, C], or null for zeros
+  float* out;           // [T, C]
+  int64_t tokens, channels, taps;
+  int64_t x_stride;  // from token to token
+  int64_t silu;      // 1: out is silu(y)
+};
+
+// The gated delta rule over the tokens of one sequence, kChunkTokens at a time (engine/ops/delta_rule.py:
+// chunk_gated_delta_rule). K and V are multiples of 16.
+constexpr int64_t kChunkTokens = 32;
+struct DeltaChunk {
+  const float* q;  // [T, H_k, K]
+  const float* k;  // [T, H_k, K]
+  const float* v;  // [T, H_v, V]
+  const float* a;  // [T, H_v]
+  const float* b;  // [T, H_v]
+  const float* a_log;    // [H_v]
+  const float* dt_bias;  // [H_v]
+  float* state;          // [H_v, K, V], advanced in place
+  float* out;            // [T, H_v, V]
+  int64_t tokens, key_heads, value_heads, key_width, value_width;
+  int64_t q_stride, k_stride, v_stride;  // from token to token; heads are end to end
+  float eps;
+  float reserved;
+};
+
 enum class Kind : int64_t {
   kLinear, kWidenRows, kGather, kRmsNorm, kRopeTable, kRope, kAttention, kGatedActivation, kAdd, kConvStep, kDeltaStep,
   kTiledAttention,
+  kConv, kDeltaChunk,
 };
 
 struct Op {
@@ -229,6 +262,8 @@ struct Kernels {
   void (*attend_tile)(const TiledAttention& op, int64_t sequence, int64_t first, int64_t tokens, int64_t kv_head);
   void (*convolve)(const ConvStep& op, int64_t token, int64_t begin, int64_t end);  // channels
   void (*advance)(const DeltaStep& op, int64_t token, int64_t value_head);
+  void (*convolve_rows)(const Conv& op, int64_t begin, int64_t end);  // tokens
+  void (*advance_chunks)(const DeltaChunk& op, int64_t value_head);
 };
 
 namespace avx2 { extern const Kernels kernels; }
@@ -243,6 +278,10 @@ enum class Status : int32_t {
 
 // Runs operations one after the other, up to one that fails. Linears that follow each other and share x run as one.
 Status run(const Op* ops, int64_t count, const Kernels& kernels);
+
+// See sequence.cpp.
+void run(const Conv& op, const Kernels& kernels);
+void run(const DeltaChunk& op, const Kernels& kernels);
 
 // Work shared by the calling thread and the pool's. `body(context, index)` runs once for each index in [0, count).
 using Body = void (*)(void* context, int64_t index);

@@ -36,6 +36,8 @@ KINDS = (
     "conv_step",
     "delta_step",
     "tiled_attention",
+    "conv",
+    "delta_chunk",
 )
 """``Kind`` of kernels.h, in its order."""
 

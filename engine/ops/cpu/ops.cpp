@@ -267,6 +267,8 @@ Status run(const Op* ops, int64_t count, const Kernels& kernels) try {
       case Kind::kAdd: run(*static_cast<const Add*>(args), kernels); break;
       case Kind::kConvStep: run(*static_cast<const ConvStep*>(args), kernels); break;
       case Kind::kDeltaStep: run(*static_cast<const DeltaStep*>(args), kernels); break;
+      case Kind::kConv: run(*static_cast<const Conv*>(args), kernels); break;
+      case Kind::kDeltaChunk: run(*static_cast<const DeltaChunk*>(args), kernels); break;
     }
   }
   return Status::kDone;

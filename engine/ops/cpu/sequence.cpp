@@ -1,0 +1,30 @@
+// How the operations of sequence.inl are cut into pieces for the threads.
+#include <algorithm>
+
+#include "kernels.h"
+
+namespace whet {
+namespace {
+
+// Outputs of a piece of a convolution.
+constexpr int64_t kPieceNumbers = 1 << 17;
+
+template <typename F>
+void in_parallel(int64_t count, F body) {
+  parallel_for([](void* context, int64_t index) { (*static_cast<F*>(context))(index); }, &body, count);
+}
+
+}  // namespace
+
+void run(const Conv& op, const Kernels& kernels) {
+  const int64_t step = std::max<int64_t>(1, kPieceNumbers / op.channels);
+  in_parallel((op.tokens + step - 1) / step, [&](int64_t index) {
+    kernels.convolve_rows(op, index * step, std::min(op.tokens, (index + 1) * step));
+  });
+}
+
+void run(const DeltaChunk& op, const Kernels& kernels) {
+  in_parallel(op.value_heads, [&](int64_t head) { kernels.advance_chunks(op, head); });
+}
+
+}  // namespace whet
