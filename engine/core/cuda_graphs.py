@@ -67,12 +67,14 @@ class CudaGraphs:
         max_sequences: int,
         capture: Capture | None = None,
     ) -> None:
-        device = cache.keys[0].device
+        device = next(model.parameters()).device
         self._model = model
         self._cache = cache
         self._states = states
         self._sizes = sizes(max_sequences)
-        max_blocks = min(-(-max_model_len // cache.block_size), cache.keys[0].shape[0])
+        max_blocks = -(-max_model_len // cache.block_size)
+        if cache.keys:
+            max_blocks = min(max_blocks, cache.keys[0].shape[0])
         self._inputs = StepInputs(self._sizes[-1], max_blocks, cache.block_size, device)
         self._slots = AdapterSlots(list(model.linears()), device, model.compute_dtype)
         self._capture = capture or CudaCapture(device)
@@ -98,7 +100,7 @@ class CudaGraphs:
         rows, reach = assigned
         key = (size, reach if reach.modules else None)
         if key not in self._replays:
-            if len({reach for _, reach in self._replays} | {key[1], None}) > MAX_REACHES:
+            if len({captured for _, captured in self._replays} | {key[1], None}) > MAX_REACHES:
                 return None
             self._replays[key] = self._captured(*key)
         replay = self._replays[key]
