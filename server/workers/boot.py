@@ -1,6 +1,6 @@
 """The first code of a worker process: it imports the rest, which takes most of the time until the server is ready.
 
-A worker may be started before it is known what it is to do (``server.workers.process.prepare``), so its configuration
+A worker may be started before it is known what it is to do (``server.workers.spawn.prepare``), so its configuration
 is asked for last.
 """
 

@@ -3,9 +3,6 @@
 A worker is a plain subprocess, not one of multiprocessing's: that would pickle its arguments and import the parent's
 main module again. Its configuration is the first line on its standard input; the pipe then stays open and silent for
 life, and its end-of-file, which comes however the parent dies, ends the worker.
-
-Importing torch takes a worker a second or more. ``prepare`` starts one that is at it while its parent is still
-importing what it needs itself, so this module imports next to nothing.
 """
 
 from __future__ import annotations
@@ -14,37 +11,10 @@ import asyncio
 import contextlib
 import signal
 import subprocess
-import sys
 import threading
-from pathlib import Path
 from typing import IO
 
-# The package's root comes as an argument because the parent's sys.path is not inherited.
-_BOOT = "import sys; sys.path.insert(0, sys.argv[1]); from server.workers.boot import main; main()"
-_ROOT = Path(__file__).resolve().parents[2]
-
-_prepared: list[subprocess.Popen[bytes]] = []
-
-
-def _start() -> subprocess.Popen[bytes]:
-    # -P: the working directory is no place to import from.
-    flags = ["-P", *(["-" + "O" * sys.flags.optimize] if sys.flags.optimize else [])]
-    command = [sys.executable, *flags, "-c", _BOOT, str(_ROOT)]
-    return subprocess.Popen(command, stdin=subprocess.PIPE, bufsize=0)
-
-
-def prepare() -> None:
-    """Starts a worker that the next ``WorkerProcess.spawn`` takes."""
-    _prepared.append(_start())
-
-
-def discard_prepared() -> None:
-    """Ends the workers that were prepared and not taken."""
-    while _prepared:
-        process = _prepared.pop()
-        process.kill()
-        process.wait()
-        _pipe(process).close()
+from server.workers.spawn import start
 
 
 class WorkerProcess:
@@ -61,7 +31,7 @@ class WorkerProcess:
         Args:
             config: a WorkerConfig, as one line of JSON.
         """
-        process = _prepared.pop() if _prepared else _start()
+        process = start()
         with contextlib.suppress(BrokenPipeError):  # it died at once; wait() tells
             await asyncio.to_thread(_pipe(process).write, config)
         return cls(process)

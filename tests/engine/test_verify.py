@@ -17,7 +17,7 @@ from torch import Tensor
 
 from engine.engine import Engine
 from engine.jobs import QuantizeSpec
-from server.__main__ import main
+from server.cli import main
 from tests.engine.test_quantize_job import CONFIG
 from tests.tiny import save_tiny_llama
 from tests.unit.loading_files import llama_metadata, llama_tensors, write_gguf

@@ -28,7 +28,7 @@ def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]
 
 def test_the_front_end_never_imports_torch() -> None:
     heavy = "{'torch', 'transformers', 'triton', 'peft'}"
-    result = run("-c", f"import sys, server.__main__, server.pull; print(sorted({heavy} & set(sys.modules)))")
+    result = run("-c", f"import sys, server.cli, server.app, server.pull; print(sorted({heavy} & set(sys.modules)))")
     assert result.returncode == 0, result.stderr
     assert result.stdout.strip() == "[]"
 
