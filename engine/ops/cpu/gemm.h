@@ -25,7 +25,7 @@ namespace whet::gemm {
 // tiles of x and strips of W hold units side by side for their rows, [K / unit][rows].
 enum class Format : int32_t {
   kWords = 0,   // int16, two a unit
-  kBytes = 1,   // int8, four a unit
+  kHalves = 1,  // int8, four a unit: of eight values those of even and then those of odd index, as halves of bytes lie
   kBiased = 2,  // uint8, 128 more than the value, four a unit
 };
 

@@ -90,19 +90,22 @@ void pack_bytes(const int8_t* const* rows, int64_t inputs, int64_t group, char* 
   }
 }
 
-// Eight rows of halves of bytes, as bytes of [0, 16).
+// Eight rows of halves of bytes, as bytes of [0, 16): four bytes of a row make a unit of their lower halves and one of
+// their upper ones, the order of Format::kHalves.
 void pack_halves(const uint8_t* const* rows, int64_t inputs, char* out) {
-  const __m128i mask = _mm_set1_epi8(15);
-  for (int64_t k = 0; k < inputs; k += 32, out += 8 * kColumns * 4) {
-    __m256i units[8];
-    for (int j = 0; j < 8; ++j) {
-      const __m128i bytes = load_16(rows[j] + k / 2);
-      const __m128i low = _mm_and_si128(bytes, mask), high = _mm_and_si128(_mm_srli_epi16(bytes, 4), mask);
-      units[j] = _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_unpacklo_epi8(low, high)),
-                                         _mm_unpackhi_epi8(low, high), 1);
+  const __m256i mask = _mm256_set1_epi8(15);
+  for (int64_t k = 0; k < inputs; k += 64, out += 16 * kColumns * 4) {
+    const bool whole = k + 64 <= inputs;
+    __m256i bytes[8], units[2];
+    for (int j = 0; j < 8; ++j)
+      bytes[j] = whole ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(rows[j] + k / 2))
+                       : _mm256_zextsi128_si256(load_16(rows[j] + k / 2));
+    transpose(bytes);
+    for (int i = 0; i < (whole ? 8 : 4); ++i) {
+      units[0] = _mm256_and_si256(bytes[i], mask);
+      units[1] = _mm256_and_si256(_mm256_srli_epi16(bytes[i], 4), mask);
+      store_units(out + i * 2 * kColumns * 4, units, 2);
     }
-    transpose(units);
-    store_units(out, units, 8);
   }
 }
 
@@ -240,6 +243,10 @@ inline void quantize_group(const float* x, Format format, char* out, float* scal
   }
   __m256i bytes = narrow_bytes(words[0], words[kParts / 2 - 1]);  // of 16 values: all of them, twice
   if (format == Format::kBiased) bytes = _mm256_xor_si256(bytes, _mm256_set1_epi8(static_cast<char>(128)));
+  if (format == Format::kHalves) {
+    const __m128i order = _mm_setr_epi8(0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15);
+    bytes = _mm256_shuffle_epi8(bytes, _mm256_broadcastsi128_si256(order));
+  }
   _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm256_castsi256_si128(bytes));
   if (kGroup == 32) _mm_storeu_si128(reinterpret_cast<__m128i*>(out) + 1, _mm256_extracti128_si256(bytes, 1));
 }
@@ -355,7 +362,7 @@ MultiplyTile tile_kernel(const Weight& weight, int64_t group, int64_t rows) {
 void multiply_strip(const Product& product, int64_t n) {
   const Weight& weight = *product.weight;
   const int64_t inputs = product.inputs, group = product.group;
-  const Format format = weight.storage == Storage::kInt4 ? Format::kBytes : kInt8Format;
+  const Format format = weight.storage == Storage::kInt4 ? Format::kHalves : kInt8Format;
   const int64_t bytes = value_bytes(format);
   const MultiplyTile kernel = tile_kernel(weight, group, kTileRows);
   const MultiplyTile last = tile_kernel(weight, group, (product.rows - 1) % kTileRows + 1);
@@ -390,4 +397,4 @@ void multiply_strip(const Product& product, int64_t n) {
 
 }  // namespace
 
-const Level kLevel{kTileRows, kColumns, kInt8Format, Format::kBytes, pack_tile, multiply_strip};
+const Level kLevel{kTileRows, kColumns, kInt8Format, Format::kHalves, pack_tile, multiply_strip};
