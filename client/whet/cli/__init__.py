@@ -19,4 +19,7 @@ def main() -> None:
     except BrokenPipeError:  # the reader of a pipe left; Python would say so again at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 1
-    raise SystemExit(status)
+    sys.stderr.flush()
+    # All is printed, and gRPC's own threads may still work on a call that Ctrl-C left: while the interpreter takes itself
+    # down beside them it has been seen to hang, and to abort.
+    os._exit(status)
