@@ -20,6 +20,7 @@ pytestmark = pytest.mark.skipif(not cpu.available(), reason="the CPU kernels wer
 
 KINDS = [
     *("int8", "int8-offset", "int8-half", "int8-channel", "int8-zero", "int8-group16", "int8-group16-offset"),
+    "int8-group96",
     *("int4", "int4-zero", "int4-offset-half", "int4-group128-zero"),
 ]
 
@@ -46,7 +47,7 @@ def stored(kind: str, outputs: int, inputs: int) -> tuple[StoredWeight, Tensor]:
     """A weight as it is stored, and its values in float64; groups of 32 unless the kind says otherwise."""
     if "group" not in kind:
         return stored_in_32s(kind, outputs, inputs)
-    size = 16 if "group16" in kind else 128
+    size = next(size for size in (16, 96, 128) if f"group{size}" in kind)
     # A weight in groups of 32 that reads its scales for another size.
     weight, _ = stored_in_32s(kind.replace(f"-group{size}", ""), outputs, inputs * 32 // size)
     q = torch.randint(-128, 128, (outputs, inputs), dtype=torch.int8)
@@ -65,6 +66,8 @@ def stored(kind: str, outputs: int, inputs: int) -> tuple[StoredWeight, Tensor]:
 
 
 def shapes(kind: str) -> list[tuple[int, int]]:
+    if "group96" in kind:
+        return [(1, 96), (37, 288), (130, 1536)]
     if "group128" in kind:
         return [(1, 128), (37, 384), (130, 1536)]
     if "group16" in kind:

@@ -68,7 +68,7 @@ constexpr int kBlockGroups = 64;  // groups whose scales are read together
 // The scales (or zeros, or offsets) of our groups [at, at + kLanes) of row n, of which `count` exist; 0 for the others.
 // A weight's group may hold several of ours.
 inline Vec read_grouped(const Weight& w, const void* from, int64_t n, int64_t groups, int64_t at, int64_t count) {
-  const int64_t wide = w.group_size / kRounded, start = n * (groups / wide);
+  const int64_t wide = w.group_size / kRounded, start = wide == groups ? n : n * (groups / wide);
   const auto* halves = static_cast<const uint16_t*>(from) + start;
   const auto* floats = static_cast<const float*>(from) + start;
   // What lies past a row's end is of the next row; past the last row there is nothing to read.
@@ -76,9 +76,18 @@ inline Vec read_grouped(const Weight& w, const void* from, int64_t n, int64_t gr
     const Vec read = w.half_scales != 0 ? load_half(halves + at) : load(floats + at);
     return count >= kLanes ? read : first_lanes(read, static_cast<int>(count));
   }
+  const auto value = [&](int64_t group) { return w.half_scales != 0 ? _cvtsh_ss(halves[group]) : floats[group]; };
+  if (wide == groups) {  // one for the row
+    const Vec same = set1(value(0));
+    return count >= kLanes ? same : first_lanes(same, static_cast<int>(count));
+  }
+  // One division for all lanes: for each of them they would cost more than the products.
+  int64_t group = at / wide, left = (group + 1) * wide - at;
   float lanes[kLanes] = {};
-  for (int64_t i = 0; i < std::min<int64_t>(count, kLanes); ++i)
-    lanes[i] = w.half_scales != 0 ? _cvtsh_ss(halves[(at + i) / wide]) : floats[(at + i) / wide];
+  for (int64_t i = 0; i < std::min<int64_t>(count, kLanes); ++i, --left) {
+    if (left == 0) ++group, left = wide;
+    lanes[i] = value(group);
+  }
   return load(lanes);
 }
 
