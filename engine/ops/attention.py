@@ -67,20 +67,14 @@ def attention(
         layer_index: index among the attention layers, of ctx.cache.
     Returns: [T, H_q, D].
     """
+    if softcap is None and q.shape[2] <= cpu.MAX_WIDTH and cpu.takes(q, k, v):
+        return _by_cpu_kernels(q, k, v, ctx, layer_index, scale, window)
     if ctx.cache is None:
-        if softcap is None and q.shape[2] <= cpu.MAX_WIDTH and cpu.takes(q, k, v):
-            starts, lens = _starts_and_lens(ctx)
-            return cpu.tiled_attention(q, k, v, starts, lens, scale=scale, causal=ctx.causal, window=window)
         return _uncached(q, k, v, ctx, scale, window, softcap)
     assert ctx.slot_mapping is not None
     assert ctx.block_tables is not None
     cache = ctx.cache
     keys, values = cache.keys[layer_index], cache.values[layer_index]
-    if ctx.decode is not None and softcap is None and cpu.takes(q, k, v, keys, values):
-        lens = ctx.decode.kv_lens
-        return cpu.decode_attention(
-            q, k, v, keys, values, ctx.slot_mapping, ctx.block_tables, lens, scale=scale, window=window
-        )
     by_triton = uses_triton_forward(q, k, v)
     if by_triton:
         from engine.ops.triton import paged_attention
@@ -94,8 +88,6 @@ def attention(
     else:
         keys.flatten(0, 1).index_copy_(0, ctx.slot_mapping, k)
         values.flatten(0, 1).index_copy_(0, ctx.slot_mapping, v)
-        if softcap is None and q.shape[2] <= cpu.MAX_WIDTH and cpu.takes(q, keys, values):
-            return _by_tiles(q, keys, values, ctx, scale, window)
         out = torch.empty_like(q)
     decodes = _decodes(ctx)
     if decodes and by_triton:
@@ -129,14 +121,22 @@ def _starts_and_lens(ctx: ForwardContext) -> tuple[Tensor, Tensor]:
     return found
 
 
-def _by_tiles(q: Tensor, keys: Tensor, values: Tensor, ctx: ForwardContext, scale: float, window: int | None) -> Tensor:
-    """Sequences of any number of new tokens, on the CPU. Those of one token have a kernel that splits their keys among
-    the threads."""
+def _by_cpu_kernels(
+    q: Tensor, k: Tensor, v: Tensor, ctx: ForwardContext, layer_index: int, scale: float, window: int | None
+) -> Tensor:
+    """Tensors that ``cpu.takes``. A step of single tokens has a kernel that splits their keys among the threads."""
+    if ctx.cache is None:
+        starts, lens = _starts_and_lens(ctx)
+        return cpu.tiled_attention(q, k, v, starts, lens, scale=scale, causal=ctx.causal, window=window)
+    assert ctx.slot_mapping is not None
     assert ctx.block_tables is not None
+    keys, values, tables = ctx.cache.keys[layer_index], ctx.cache.values[layer_index], ctx.block_tables
+    if ctx.decode is not None:
+        lens = ctx.decode.kv_lens
+        return cpu.decode_attention(q, k, v, keys, values, ctx.slot_mapping, tables, lens, scale=scale, window=window)
     starts, lens = _starts_and_lens(ctx)
-    return cpu.tiled_attention(
-        q, keys, values, starts, lens, tables=ctx.block_tables, scale=scale, causal=ctx.causal, window=window
-    )
+    cache = (keys, values, tables, ctx.slot_mapping)
+    return cpu.tiled_attention(q, k, v, starts, lens, cache=cache, scale=scale, causal=ctx.causal, window=window)
 
 
 def _decodes(ctx: ForwardContext) -> list[int]:

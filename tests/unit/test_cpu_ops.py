@@ -179,21 +179,28 @@ def test_tiled_attention_over_blocks(level: None, window: int | None) -> None:
     tables = torch.randperm(60)[: 4 * 13].view(4, 13).int()
     keys, values = torch.full((2, 60, size, kv_heads, width), torch.nan)
     k, v = torch.randn(2, 4, 200, kv_heads, width)
-    for s, n in enumerate(lens):
-        for cache, rows in ((keys, k), (values, v)):
-            position = torch.arange(n)
-            cache[tables[s, position // size].long(), position % size] = rows[s, :n]
+    slots, new_k, new_v = [], [], []
+    for s, (n, count) in enumerate(zip(lens, new, strict=True)):
+        position = torch.arange(n)
+        blocks, offsets = tables[s, position // size].long(), position % size
+        keys[blocks[:-count], offsets[:-count]] = k[s, : n - count]
+        values[blocks[:-count], offsets[:-count]] = v[s, : n - count]
+        slots.append((blocks * size + offsets)[-count:])
+        new_k.append(k[s, n - count : n])
+        new_v.append(v[s, n - count : n])
     starts = torch.tensor([0, *new]).cumsum(0)
     q = torch.randn(int(starts[-1]), 6, width)
     options = {"scale": 0.2, "causal": True, "window": window}
-    out = cpu.tiled_attention(q, keys, values, starts, torch.tensor(lens), tables=tables, **options)
+    cache = (keys, values, tables, torch.cat(slots))
+    out = cpu.tiled_attention(q, torch.cat(new_k), torch.cat(new_v), starts, torch.tensor(lens), cache=cache, **options)
     for s, n in enumerate(lens):
         of = slice(int(starts[s]), int(starts[s + 1]))
         wanted = attention_reference(q[of], k[s, :n], v[s, :n], **options)
         torch.testing.assert_close(out[of], wanted, rtol=1e-5, atol=1e-5)
     for begin, end in ((0, 1), (1, 90), (90, 200)):
         ends = (torch.tensor([0, end - begin]), torch.tensor([end]))
-        part = cpu.tiled_attention(q[begin:end], keys, values, *ends, tables=tables[:1], **options)
+        cache = (keys, values, tables[:1], slots[0][begin:end])
+        part = cpu.tiled_attention(q[begin:end], k[0, begin:end], v[0, begin:end], *ends, cache=cache, **options)
         assert torch.equal(part, out[begin:end])
 
 

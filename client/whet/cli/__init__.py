@@ -20,6 +20,6 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 1
     sys.stderr.flush()
-    # All is printed, and gRPC's own threads may still work on a call that Ctrl-C left: while the interpreter takes itself
-    # down beside them it has been seen to hang, and to abort.
+    # All is printed, and gRPC's own threads may still work on a call that Ctrl-C left: an interpreter that takes itself
+    # down beside them has been seen to hang, and to abort.
     os._exit(status)

@@ -85,8 +85,9 @@ CHUNK_WIDTHS = 16
 
 _TILED_ATTENTION, _TiledAttention = _struct(
     "tiled_attention",
-    **_fields(_POINTER, "q keys values tables seq_starts kv_lens out"),
-    **_fields(_INTEGER, "sequences heads kv_heads width q_stride key_stride value_stride"),
+    **_fields(_POINTER, "q new_keys new_values slots keys values tables seq_starts kv_lens out"),
+    **_fields(_INTEGER, "sequences heads kv_heads width q_stride new_key_stride new_value_stride"),
+    **_fields(_INTEGER, "key_stride value_stride"),
     **_fields(_INTEGER, "block_size table_stride window"),
     **_fields(_FLOAT, "scale"),
     **_fields(_INT32, "causal"),
@@ -204,12 +205,12 @@ def _end_to_end(x: Tensor) -> Tensor:
 
 def tiled_attention(
     q: Tensor,
-    keys: Tensor,
-    values: Tensor,
+    k: Tensor,
+    v: Tensor,
     seq_starts: Tensor,
     kv_lens: Tensor,
     *,
-    tables: Tensor | None = None,
+    cache: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
     scale: float,
     causal: bool,
     window: int | None,
@@ -218,19 +219,21 @@ def tiled_attention(
 
     Args:
         q: [T, H_q, D], D up to MAX_WIDTH.
-        keys, values: [blocks, P, H_kv, D], contiguous, the new tokens' included; without tables, [T, H_kv, D], a
-            sequence's rows end to end.
+        k, v: [T, H_kv, D], the new tokens' alone.
         seq_starts: [S + 1] int64, rows of q. kv_lens: [S] int64, the new tokens included.
-        tables: [S, max blocks] int32.
+        cache: keys and values [blocks, P, H_kv, D], contiguous; tables [S, max blocks] int32; and slots [T] int64,
+            where the new tokens' go. None: sequences have nothing but the new tokens.
         window: tokens that a query sees on each side, itself included.
     Returns: [T, H_q, D].
     """
-    q = _end_to_end(q)
-    if tables is None:
-        keys, values = _end_to_end(keys), _end_to_end(values)
+    q, k, v = _end_to_end(q), _end_to_end(k), _end_to_end(v)
     out = empty(q.shape)
+    keys, values, tables, slots = (k, v, None, None) if cache is None else cache
     args = _TiledAttention(
         q.data_ptr(),
+        None if cache is None else k.data_ptr(),
+        v.data_ptr(),
+        None if slots is None else slots.data_ptr(),
         keys.data_ptr(),
         values.data_ptr(),
         None if tables is None else tables.data_ptr(),
@@ -239,9 +242,11 @@ def tiled_attention(
         out.data_ptr(),
         len(kv_lens),
         q.shape[1],
-        keys.shape[-2],
+        k.shape[1],
         q.shape[2],
         q.stride(0),
+        k.stride(0),
+        v.stride(0),
         keys.stride(-3),
         values.stride(-3),
         1 if tables is None else keys.shape[1],
@@ -250,7 +255,7 @@ def tiled_attention(
         scale,
         causal,
     )
-    call(_TILED_ATTENTION, args, (q, keys, values, tables, seq_starts, kv_lens, out))
+    call(_TILED_ATTENTION, args, (q, k, v, cache, seq_starts, kv_lens, out))
     return out
 
 

@@ -127,17 +127,21 @@ struct Attention {
 };
 
 // Any number of new tokens of each of S sequences attend to what their sequence has, the new tokens included, whose keys
-// and values are in their places already (attention_tiles.inl).
+// and values enter the cache first if there is one (attention_tiles.inl).
 struct TiledAttention {
   const float* q;             // [T, H_q, D]
-  const float* keys;          // rows [H_kv, D]
-  const float* values;        // the same
+  const float* new_keys;      // [T, H_kv, D]; null: they are in their places
+  const float* new_values;    // [T, H_kv, D]
+  const int64_t* slots;       // [T], rows of keys and values
+  float* keys;                // rows [H_kv, D]
+  float* values;              // the same
   const int32_t* tables;      // [S, table_stride], blocks of P rows in order; null: a sequence's rows lie end to end
   const int64_t* seq_starts;  // [S + 1], rows of q
   const int64_t* kv_lens;     // [S], with the new tokens
   float* out;                 // [T, H_q, D]
   int64_t sequences, heads, kv_heads, width;
-  int64_t q_stride, key_stride, value_stride;  // from token to token; heads are end to end
+  int64_t q_stride, new_key_stride, new_value_stride;  // from token to token; heads are end to end
+  int64_t key_stride, value_stride;
   int64_t block_size;  // P
   int64_t table_stride;
   int64_t window;  // tokens that a query sees on each side, itself included; 0: all

@@ -181,6 +181,15 @@ struct QueryTile {
 };
 
 void run(const TiledAttention& op, const Kernels& kernels) {
+  if (op.new_keys != nullptr) {
+    const int64_t row = op.kv_heads * op.width;
+    over_rows(op.seq_starts[op.sequences], 2 * row, [&](int64_t begin, int64_t end) {
+      for (int64_t t = begin; t < end; ++t) {
+        std::copy_n(op.new_keys + t * op.new_key_stride, row, op.keys + op.slots[t] * op.key_stride);
+        std::copy_n(op.new_values + t * op.new_value_stride, row, op.values + op.slots[t] * op.value_stride);
+      }
+    });
+  }
   const int64_t step = std::max<int64_t>(1, kTileQueries / (op.heads / op.kv_heads));
   thread_local std::vector<QueryTile> tiles;
   tiles.clear();
