@@ -109,15 +109,23 @@ void pack_halves(const uint8_t* const* rows, int64_t inputs, char* out) {
   }
 }
 
-// Eight of a row's scales, zeros or offsets, one for each group of x from `first` on; past `count` of them, 0.
+// Eight of a row's scales, zeros or offsets, one for each group of x from `first` on; past `count` of them, anything.
 inline __m256 load_grouped(const void* from, bool half, int64_t row_at, int64_t first, int64_t count, int64_t repeat) {
   if (repeat == 1 && count >= 8)
     return half ? _mm256_cvtph_ps(load_16(static_cast<const uint16_t*>(from) + row_at + first))
                 : _mm256_loadu_ps(static_cast<const float*>(from) + row_at + first);
+  const auto value = [&](int64_t at) {
+    return half ? _cvtsh_ss(static_cast<const uint16_t*>(from)[at]) : static_cast<const float*>(from)[at];
+  };
+  // One division for all lanes, which is dear; what lies past `count` is never stored, so one value may fill them.
+  const int64_t lanes = std::min<int64_t>(count, 8);
+  int64_t at = first / repeat, left = (at + 1) * repeat - first;
+  at += row_at;
+  if (left >= lanes) return _mm256_set1_ps(value(at));
   alignas(32) float values[8] = {};
-  for (int64_t i = 0; i < std::min<int64_t>(count, 8); ++i) {
-    const int64_t at = row_at + (first + i) / repeat;
-    values[i] = half ? _cvtsh_ss(static_cast<const uint16_t*>(from)[at]) : static_cast<const float*>(from)[at];
+  for (int64_t i = 0; i < lanes; ++i, --left) {
+    if (left == 0) ++at, left = repeat;
+    values[i] = value(at);
   }
   return _mm256_load_ps(values);
 }
