@@ -89,19 +89,29 @@ class ModelEntry:
         Raises:
             CancelledError: the model was unloaded by force meanwhile.
         """
-        items: asyncio.Queue[T | _End] = asyncio.Queue()
+        items: list[T] = []
+        arrived, taken = asyncio.Event(), asyncio.Event()
 
         async def pump() -> None:
             async with aclosing(source):
                 async for item in source:
-                    items.put_nowait(item)
+                    items.append(item)
+                    arrived.set()
+                    # One is ready, no more: where the caller is slower than ``source``, it is to gather what comes.
+                    await taken.wait()
+                    taken.clear()
 
         task = asyncio.create_task(pump())
-        task.add_done_callback(lambda _: items.put_nowait(_END))
+        task.add_done_callback(lambda _: arrived.set())
         self._guarded.add(task)
         try:
-            while not isinstance(item := await items.get(), _End):
-                yield item
+            while items or not task.done():
+                if items:
+                    taken.set()
+                    yield items.pop()
+                else:
+                    await arrived.wait()
+                    arrived.clear()
             if task.cancelled():
                 raise CancelledError(f"model {self.name!r} was unloaded", reason="MODEL_UNLOADED")
             task.result()
@@ -118,13 +128,6 @@ class ModelEntry:
             task.cancel()
         if guarded:
             await asyncio.wait(guarded)
-
-
-class _End:
-    """After the last item."""
-
-
-_END = _End()
 
 
 @dataclass(frozen=True, slots=True)
