@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
 
 from engine.config import EngineConfig, ModelConfig
+from engine.core.slice_budget import SliceBudget
 from engine.errors import FailedPreconditionError
 from engine.info import ModelInfo
 from engine.models.base import CausalLM, Model
@@ -38,6 +39,14 @@ class LoadedModel:
     adapters: AdapterStore
     runner: Runner | None = None
     is_serving: Callable[[], bool] = lambda: False
+    _budgets: dict[str, SliceBudget] = field(default_factory=dict, init=False, repr=False)
+
+    def slice_budget(self, kind: str) -> SliceBudget:
+        """What a slice of such jobs may hold, as measured on those before: a short one is over before it would know."""
+        if kind not in self._budgets:
+            config = self.engine_config
+            self._budgets[kind] = SliceBudget(config.job_slice_seconds, config.max_batch_tokens, self.is_serving)
+        return self._budgets[kind]
 
     def causal_lm(self) -> CausalLM:
         """The model as a CausalLM.

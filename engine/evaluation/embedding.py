@@ -14,7 +14,6 @@ from engine.core.chunked import chunked_hidden
 from engine.core.loaded import LoadedModel
 from engine.errors import FailedPreconditionError, InvalidArgumentError, OutOfRangeError
 from engine.evaluation.embedding_config import POOLINGS, Pooling, read_embedding_config
-from engine.evaluation.slicing import SliceBudget
 from engine.jobs import EmbedFinished, EmbedSpec, JobEvent
 from engine.layers.pooling import finish, pool, validate_dimensions
 from engine.lora.adapter import Adapter, LoRABatch
@@ -77,7 +76,7 @@ def _embed(
     dimensions: int,
 ) -> Iterator[JobEvent | None]:
     config = loaded.engine_config
-    budget = SliceBudget(config.job_slice_seconds, config.max_batch_tokens, loaded.is_serving)
+    budget = loaded.slice_budget("embedding")
     vectors = torch.empty(len(spec.inputs), dimensions, dtype=torch.float32)
     # Longest first: the largest need of memory shows at once, and like lengths share a batch.
     order = sorted(range(len(spec.inputs)), key=lambda i: len(spec.inputs[i]), reverse=True)

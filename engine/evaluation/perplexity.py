@@ -21,7 +21,6 @@ from engine.evaluation.scoring import (
     token_nll,
     validate_text,
 )
-from engine.evaluation.slicing import SliceBudget
 from engine.jobs import JobEvent, PerplexityFinished, PerplexityProgress, PerplexitySpec
 from engine.lora.adapter import Adapter
 from engine.models.base import CausalLM
@@ -90,7 +89,7 @@ def _perplexity(
     spec: PerplexitySpec, loaded: LoadedModel, model: CausalLM, windows: Sequence[Window], adapter: Adapter | None
 ) -> Iterator[JobEvent | None]:
     config = loaded.engine_config
-    budget = SliceBudget(config.job_slice_seconds, config.max_batch_tokens, loaded.is_serving)
+    budget = loaded.slice_budget("perplexity")
     token_ids = torch.tensor(spec.token_ids, dtype=torch.int64, device=loaded.device)
     scored = RunningMean()
     seconds, done = 0.0, 0  # time of the work alone: between slices the engine serves others

@@ -21,7 +21,6 @@ from engine.evaluation.scoring import (
     token_nll,
     validate_text,
 )
-from engine.evaluation.slicing import SliceBudget
 from engine.jobs import JobEvent, QuantizeProgress, QuantizeSpec
 from engine.layers.linear import Embedding, Linear
 from engine.loading import load_weights, open_checkpoint
@@ -96,9 +95,8 @@ def compare(
 ) -> Iterator[JobEvent | None]:
     """Scores the text by the source and by what was written, read back as it will be loaded."""
     before, after = loaded.causal_lm(), _open(staging, loaded)
-    config = loaded.engine_config
     token_ids = torch.tensor(spec.eval_token_ids, dtype=torch.int64, device=loaded.device)
-    budget = SliceBudget(config.job_slice_seconds, config.max_batch_tokens, loaded.is_serving)
+    budget = loaded.slice_budget("comparison")
     done = 0
     while done < len(windows):
         batch = take_windows(windows, done, budget.tokens)

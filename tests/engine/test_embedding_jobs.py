@@ -151,6 +151,16 @@ def test_many_slices_and_cancellation(encoder: tuple[Any, Path]) -> None:
     assert not engine.has_jobs()
 
 
+def test_a_job_begins_with_slices_of_the_size_that_the_last_one_reached(encoder: tuple[Any, Path]) -> None:
+    engine = make_engine(encoder[1], job_slice_seconds=3600.0)
+    texts = inputs([60] * 12)  # a first slice of 128 tokens, twice as many in each one after it
+    sizes: list[int] = []
+    engine._models["m"].model.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
+    first, second = vectors(engine, inputs=texts), vectors(engine, inputs=texts)
+    assert sizes == [120, 240, 360, 720]
+    torch.testing.assert_close(first, second, atol=1e-5, rtol=0)
+
+
 def test_embedding_beside_generation(tiny_llama: Path) -> None:
     """Greedy tokens are those of an engine that does nothing else, and the vectors those of an idle one."""
     request = Request(

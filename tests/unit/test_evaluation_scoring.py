@@ -9,9 +9,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from engine.core.slice_budget import FIRST_SLICE_TOKENS, SliceBudget
 from engine.evaluation.perplexity import RunningMean
 from engine.evaluation.scoring import token_kl, token_nll
-from engine.evaluation.slicing import FIRST_SLICE_TOKENS, SliceBudget
 
 GROUPS = st.lists(st.lists(st.floats(0, 30, allow_nan=False), min_size=1, max_size=7), min_size=1, max_size=9)
 

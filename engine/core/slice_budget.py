@@ -16,9 +16,9 @@ IDLE_SLICE_SECONDS = 0.5
 class SliceBudget:
     """Tokens that a forward gets through within the slice's target time, as measured on the forwards before.
 
-    A job asks for ``tokens`` before each forward and reports the forward's duration after it. The first forward is
-    small; the budget at most doubles from one to the next, so a single reading that was too good cannot make a slice
-    that stalls serving.
+    It is kept from job to job of a kind (LoadedModel.slice_budget). A job asks for ``tokens`` before each forward and
+    reports the forward's duration after it. The very first forward is small; the budget at most doubles from one to the
+    next, so a single reading that was too good cannot make a slice that stalls serving.
 
     Args:
         target_seconds: how long a slice should take while requests are running.
