@@ -105,8 +105,16 @@ inline void add_groups(const char* const* rows, const int8_t* x, int64_t group, 
   }
 }
 
-// kWeights rows of W, from n on.
-template <typename Values, int kWeights>
+// Whether kWeights rows from n on have a half-precision scale for each of our groups, as GGUF files do, and what a vector
+// reads beyond them is there: then reading takes no division and no choice.
+inline bool is_plain(const Weight& w, int64_t groups, int64_t n, int64_t count) {
+  const int64_t beyond = (groups + kLanes - 1) / kLanes * kLanes - groups;
+  return w.half_scales != 0 && w.zeros == nullptr && w.group_size == kRounded &&
+         (n + count) * groups + beyond <= w.rows * groups;
+}
+
+// kWeights rows of W, from n on. kPlain: is_plain says so.
+template <typename Values, int kWeights, bool kPlain>
 inline void rounded_strip(const Weight& weight, int64_t inputs, int64_t n, const Rounded& x, float* y) {
   constexpr int64_t kStepBytes = kWeights * kVecGroups * Values::kGroupBytes;  // of W, of one step of the loop below
   const int64_t groups = inputs / kRounded;
@@ -126,12 +134,15 @@ inline void rounded_strip(const Weight& weight, int64_t inputs, int64_t n, const
 #pragma GCC unroll 4
       for (int r = 0; r < kWeights; ++r) {
         const auto read = [&](const void* from) {
-          return read_grouped(weight, from, n + r, groups, first + i, count - i);
+          if constexpr (!kPlain) return read_grouped(weight, from, n + r, groups, first + i, count - i);
+          const Vec lanes = load_half(static_cast<const uint16_t*>(from) + (n + r) * groups + first + i);
+          return count - i >= kLanes ? lanes : first_lanes(lanes, static_cast<int>(count - i));
         };
         const Vec s = read(weight.scales);
         store(factors[r] + i, mul(s, scales));
         if (!has_offset) continue;
-        const Vec zero_point = weight.zeros != nullptr ? add(set1(shift), read(weight.zeros)) : set1(shift);
+        Vec zero_point = set1(shift);
+        if (!kPlain && weight.zeros != nullptr) zero_point = add(zero_point, read(weight.zeros));
         Vec more = sub(zero(), mul(zero_point, s));
         if (weight.offsets != nullptr) more = add(more, read(weight.offsets));
         corrections[r] = fma(more, x_sums, corrections[r]);
@@ -156,8 +167,10 @@ inline void rounded_strip(const Weight& weight, int64_t inputs, int64_t n, const
 template <typename Values>
 void multiply_rounded_by(const Weight& weight, int64_t inputs, int64_t begin, int64_t end, const Rounded& x, float* y) {
   int64_t n = begin;
-  for (; n + 4 <= end; n += 4) rounded_strip<Values, 4>(weight, inputs, n, x, y);
-  for (; n < end; ++n) rounded_strip<Values, 1>(weight, inputs, n, x, y);
+  const int64_t groups = inputs / kRounded;
+  for (; n + 4 <= end && is_plain(weight, groups, n, 4); n += 4) rounded_strip<Values, 4, true>(weight, inputs, n, x, y);
+  for (; n + 4 <= end; n += 4) rounded_strip<Values, 4, false>(weight, inputs, n, x, y);
+  for (; n < end; ++n) rounded_strip<Values, 1, false>(weight, inputs, n, x, y);
 }
 
 void multiply_rounded(const Weight& weight, int64_t inputs, int64_t begin, int64_t end, const Rounded& x, float* y) {
