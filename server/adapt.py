@@ -22,11 +22,12 @@ from server import convert_training as convert_runs
 from server.datasets import RunDataset
 from server.errors import error_from_code, over_limit
 from server.models import ReadyModel
-from server.prompts import in_thread_if, resolve_prompt
+from server.prompts import resolve_prompt
 from server.rpc import current_call, new_request_id
 from server.run_manager import RunManager
 from server.runs import RunRecord
 from server.services.base import Services
+from server.threads import in_thread
 from whet.v1 import training_pb2
 
 
@@ -98,7 +99,7 @@ class Adaptation:
         run_dir = self._runs_dir / run_id
         try:
             path = run_dir / "dataset"
-            summary = await in_thread_if(True, lambda: self._write(request, model, params, loss_on, path))
+            summary = await in_thread(self._write, request, model, params, loss_on, path)
         except BaseException:
             await asyncio.to_thread(shutil.rmtree, run_dir, ignore_errors=True)
             raise

@@ -115,14 +115,15 @@ class TrainingForward:
 
 def probe(adapter: Adapter, seed: int) -> Adapter:
     """The adapter without dropout, and with small random values for every B that is zero: an update that is zero would
-    prove nothing about the path that it takes."""
+    prove nothing about the path that it takes. A and B ask for gradients, since operations may take another path where
+    none is wanted."""
     generator = torch.Generator().manual_seed(derive_seed(seed, "probe"))
     modules = {}
     for name, (a, b) in adapter.modules.items():
         a, b = a.detach(), b.detach()
         if not bool(b.any()):
             b = torch.randn(b.shape, generator=generator).mul_(0.01).to(b.device)
-        modules[name] = (a, b)
+        modules[name] = (a.requires_grad_(), b.requires_grad_())
     return replace(adapter, modules=modules, dropout=0.0)
 
 

@@ -24,6 +24,7 @@ from server.models import ModelEntry, ReadyModel
 from server.rpc import Context, current_call, new_request_id
 from server.run_manager import RunManager
 from server.services.base import Services, decode_page_token, encode_page_token
+from server.threads import in_thread
 from server.uploads import ADAPTER_FILES, Upload
 from whet.v1 import common_pb2, model_pb2, model_pb2_grpc
 
@@ -237,7 +238,7 @@ class ModelService(model_pb2_grpc.ModelServiceServicer):
                 self._services.config.max_upload_bytes,
             )
             try:
-                await asyncio.to_thread(upload.open)
+                await in_thread(upload.open)
                 async for message in messages:
                     if message.WhichOneof("payload") != "chunk":
                         raise InvalidArgumentError(
@@ -245,8 +246,8 @@ class ModelService(model_pb2_grpc.ModelServiceServicer):
                         )
                     if len(message.chunk.data) > MAX_CHUNK_BYTES:
                         raise over_limit("chunk.data", len(message.chunk.data), MAX_CHUNK_BYTES, "bytes")
-                    await asyncio.to_thread(upload.write, message.chunk.name, message.chunk.data)
-                await asyncio.to_thread(upload.finish)
+                    await in_thread(upload.write, message.chunk.name, message.chunk.data)
+                await in_thread(upload.finish)
             except BaseException:
                 await asyncio.to_thread(shutil.rmtree, upload.directory, ignore_errors=True)
                 raise

@@ -23,6 +23,7 @@ from server.rpc import Context, current_call, new_request_id
 from server.run_manager import RunManager, interrupted
 from server.runs import RunRecord
 from server.services.base import Services, decode_page_token, encode_page_token
+from server.threads import in_thread
 from whet.v1 import training_pb2, training_pb2_grpc
 
 _CURSOR = re.compile(r"[0-9]{1,18}")
@@ -104,7 +105,7 @@ class TrainingService(training_pb2_grpc.TrainingServiceServicer):
                 batch = message.examples
                 await in_thread_if(True, functools.partial(dataset.add, batch.examples, batch.split, batch.ByteSize()))
             try:
-                summary = await asyncio.to_thread(
+                summary = await in_thread(
                     dataset.write, run_dir / "dataset", eval_fraction=request.eval_fraction, seed=params.seed
                 )
             except BaseException:

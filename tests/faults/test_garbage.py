@@ -60,7 +60,7 @@ async def test_garbage_to_a_worker_is_ignored(
         before = pool.snapshot()[0].pid
         worker = pool._router.replicas[0].identity.encode()
         for data in (b"", b"\x00", os.urandom(1000), encode(Ready(device="cpu"))):
-            await pool._link._socket.send_multipart([worker, data])
+            pool._link._socket.send_multipart([worker, data])
         assert len(await generate(pool, request(8))) == 8
         after = pool.snapshot()[0]
         assert (after.pid, after.restarts) == (before, 0)

@@ -317,23 +317,27 @@ def test_two_servers_do_not_share_a_state_directory(rpc_server: ServerProcess, m
         second.stop()
 
 
-def test_health_answers_while_models_load(tmp_path: Path, smollm2_gguf: Path) -> None:
+def test_health_answers_while_models_load(tmp_path: Path, model_flags: list[str]) -> None:
     """Ports answer before the models are there: NOT_SERVING and UNAVAILABLE, not connection refused."""
     import socket
 
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    server = ServerProcess(tmp_path / "state", ["--model", f"smollm2={smollm2_gguf}", "--port", str(port)])
+    server = ServerProcess(tmp_path / "state", [*model_flags, "--port", str(port)])
     stubs = Stubs(f"127.0.0.1:{port}")
     try:
-        message = health_pb2.HealthCheckRequest(service="model/smollm2")
+        children = Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children")
+        wait_for(children.read_text)
+        os.kill(server.worker_pid(), signal.SIGSTOP)  # so that loading takes as long as this test likes
+        message = health_pb2.HealthCheckRequest(service=f"model/{MODEL}")
         status = stubs.health.Check(message, timeout=30, wait_for_ready=True).status
         assert status == health_pb2.HealthCheckResponse.NOT_SERVING
         with fails(grpc.StatusCode.UNAVAILABLE, reason="LOADING"):
-            generate(stubs, model="smollm2")
+            generate(stubs)
+        os.kill(server.worker_pid(), signal.SIGCONT)
         server.wait_ready()
-        assert stubs.is_serving("model/smollm2")
+        assert stubs.is_serving(f"model/{MODEL}")
     finally:
         stubs.close()
         assert server.stop() == 0
