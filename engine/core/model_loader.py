@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from engine.config import EngineConfig
+from engine.core.huge_pages import prefer_huge_pages
 from engine.core.loaded import LoadedModel
 from engine.core.memory import make_cache, make_states, plan_cache
 from engine.core.runner import Runner
@@ -60,6 +61,7 @@ def load_checkpoint(
     if device.type == "cuda":
         join_linears(model)
     model.eval()
+    prefer_huge_pages(model)
     info = _info(name, checkpoint.path, checkpoint, model, device, dtype, _max_model_len(model, engine_config))
     root = Path(engine_config.state_dir) / "adapters" / name if engine_config.state_dir else None
     loaded = LoadedModel(
