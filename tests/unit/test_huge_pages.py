@@ -14,7 +14,7 @@ from engine.core.huge_pages import HUGE_PAGE_BYTES, prefer_huge_pages, spans
 
 
 def test_spans_are_whole_pages_within_the_tensors() -> None:
-    model = nn.Sequential(*(nn.Linear(700, 700) for _ in range(40)))
+    model = nn.Sequential(nn.Linear(3000, 3000), nn.Linear(3000, 300))
     storages = [(t.data_ptr(), t.data_ptr() + t.nbytes) for t in model.parameters()]
     found = list(spans(model))
     assert found
@@ -37,7 +37,7 @@ def test_weights_are_moved_and_stay_as_they_are() -> None:
     setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
     if not setting.exists() or "[never]" in setting.read_text():
         pytest.skip("this system gives no huge pages")
-    model = nn.Sequential(*(nn.Linear(700, 700) for _ in range(40)))
+    model = nn.Sequential(nn.Linear(3000, 3000), nn.Linear(3000, 300))
     before, kept = huge_bytes(), [p.detach().clone() for p in model.parameters()]
     thread = prefer_huge_pages(model)
     assert thread is not None
