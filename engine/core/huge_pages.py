@@ -2,9 +2,8 @@
 
 A decoded token reads every weight, and each page of 4 KiB costs a look into the page tables: from pages of 2 MiB, two
 threads of a Zen 3 decode SmolLM2-135M at 177 tokens/s in place of 133 (4 bits), and at 133 in place of 116 (8 bits;
-``python -m tests.bench decode_1 decode_1_q8 --no-compare``, two runs of each in turn). The system gives such pages only
-where a program asks (transparent_hugepage "madvise", the default of most distributions), and torch asks for large
-tensors alone, which one layer's weights are not.
+``python -m tests.bench decode_1 decode_1_q8 --no-compare``, two runs of each in turn). Where
+/sys/kernel/mm/transparent_hugepage/enabled says "madvise", the system gives such pages only if a program asks.
 """
 
 from __future__ import annotations

@@ -67,7 +67,8 @@ def attention(
         layer_index: index among the attention layers, of ctx.cache.
     Returns: [T, H_q, D].
     """
-    if softcap is None and q.shape[2] <= cpu.MAX_WIDTH and cpu.takes(q, k, v):
+    cached = () if ctx.cache is None else (ctx.cache.keys[layer_index], ctx.cache.values[layer_index])
+    if softcap is None and q.shape[2] <= cpu.MAX_WIDTH and cpu.takes(q, k, v, *cached):
         return _by_cpu_kernels(q, k, v, ctx, layer_index, scale, window)
     if ctx.cache is None:
         return _uncached(q, k, v, ctx, scale, window, softcap)
