@@ -200,7 +200,12 @@ def decode_attention(
 
 def _end_to_end(x: Tensor) -> Tensor:
     """x [T, H, D] with the heads of a token end to end; copied where they are not."""
-    return x if x.stride(2) == 1 and x.stride(1) == x.shape[2] else x.contiguous()
+    return x if x[:1].is_contiguous() else x.contiguous()
+
+
+def _delta_sizes(q: Tensor, k: Tensor, v: Tensor) -> tuple[int, ...]:
+    """What the structs of the delta rule have after their pointers: sizes, then strides from token to token."""
+    return (v.shape[0], k.shape[1], v.shape[1], k.shape[2], v.shape[2], q.stride(0), k.stride(0), v.stride(0))
 
 
 def tiled_attention(
@@ -321,18 +326,11 @@ def delta_step(
     out: Tensor,
 ) -> None:
     """See engine.ops.delta_rule.gated_delta_step_slots, for rows 0 .. T - 1; out [T, H_v, V] is contiguous."""
-    q, k, v = (x if x[0].is_contiguous() else x.contiguous() for x in (q, k, v))
+    q, k, v = _end_to_end(q), _end_to_end(k), _end_to_end(v)
     a, b = a.contiguous(), b.contiguous()
     args = _DeltaStep(
         *(t.data_ptr() for t in (q, k, v, a, b, a_log, dt_bias, matrices, slots, out)),
-        v.shape[0],
-        k.shape[1],
-        v.shape[1],
-        k.shape[2],
-        v.shape[2],
-        q.stride(0),
-        k.stride(0),
-        v.stride(0),
+        *_delta_sizes(q, k, v),
         eps,
         0.0,
     )
@@ -377,18 +375,11 @@ def delta_chunk(
     out: Tensor,
 ) -> None:
     """The tokens of one sequence; see engine.ops.delta_rule.gated_delta_sequence. out [T, H_v, V] is contiguous."""
-    q, k, v = (x if x[0].is_contiguous() else x.contiguous() for x in (q, k, v))
+    q, k, v = _end_to_end(q), _end_to_end(k), _end_to_end(v)
     a, b = a.contiguous(), b.contiguous()
     args = _DeltaChunk(
         *(t.data_ptr() for t in (q, k, v, a, b, a_log, dt_bias, state, out)),
-        v.shape[0],
-        k.shape[1],
-        v.shape[1],
-        k.shape[2],
-        v.shape[2],
-        q.stride(0),
-        k.stride(0),
-        v.stride(0),
+        *_delta_sizes(q, k, v),
         eps,
         0.0,
     )
