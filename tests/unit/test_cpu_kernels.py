@@ -73,6 +73,40 @@ def test_products_are_those_of_the_stored_values(level: None, kind: str, num_thr
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_products_of_many_rows_are_those_of_the_stored_values_and_so_are_their_gradients(
+    level: None, kind: str
+) -> None:
+    """Rows that fill tiles and blocks or do not, parts of what is summed, whole panels of columns and parts of one."""
+    torch.manual_seed(0)
+    cpu.set_num_threads(2)
+    for rows, outputs, inputs, start, end in (
+        (1, 1, 32, 0, 1),
+        (13, 37, 96, 0, 37),
+        (300, 70, 576, 3, 70),
+        (11, 4200, 64, 5, 4150),
+        (7, 33, 4160, 0, 33),
+    ):
+        weight, values = stored(kind, outputs, inputs)
+        packed, values = PackedWeight(weight, inputs), values[start:end]
+        for multiply, factor in ((packed.product, values.T), (packed.product_transposed, values)):
+            x = torch.randn(rows, len(factor) + 5)[:, 2:-3]  # rows that do not lie end to end
+            scale = (x.double().abs() @ factor.abs()).max()
+            assert ((multiply(x, start, end) - x.double() @ factor).abs().max() / scale) < 1e-6
+    cpu.set_num_threads(1)
+
+
+@pytest.mark.parametrize("kind", ["float32", "int4"])
+def test_a_row_of_many_does_not_depend_on_the_others(level: None, kind: str) -> None:
+    torch.manual_seed(0)
+    packed = PackedWeight(stored(kind, 50, 320)[0], 320)
+    for multiply, width in ((packed.product, 320), (packed.product_transposed, 50)):
+        x = torch.randn(300, width)
+        together = multiply(x)
+        for start, end in ((0, 1), (3, 10), (250, 300)):
+            assert torch.equal(multiply(x[start:end]), together[start:end])
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_row_does_not_depend_on_the_others(level: None, kind: str) -> None:
     torch.manual_seed(0)
     packed = PackedWeight(stored(kind, 50, 192)[0], 192)
@@ -129,9 +163,11 @@ def test_floats_need_no_round_number_of_inputs(level: None, inputs: int) -> None
     for kind in ("float32", "bfloat16"):
         weight, values = stored(kind, 5, inputs)
         x = torch.randn(3, inputs)
-        torch.testing.assert_close(
-            PackedWeight(weight, inputs).linear(x).double(), x.double() @ values.T, rtol=1e-5, atol=1e-5
-        )
+        packed = PackedWeight(weight, inputs)
+        for multiply in (packed.linear, packed.product):
+            torch.testing.assert_close(multiply(x).double(), x.double() @ values.T, rtol=1e-5, atol=1e-5)
+        y = torch.randn(3, 5)
+        torch.testing.assert_close(packed.product_transposed(y).double(), y.double() @ values, rtol=1e-5, atol=1e-5)
 
 
 def test_rows_by_number_are_the_stored_values(level: None) -> None:

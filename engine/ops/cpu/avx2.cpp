@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <utility>
 #include <vector>
 
 #include "kernels.h"
@@ -102,6 +103,7 @@ inline Vec load_half(const uint16_t* from) {
 
 #include "vector_math.inl"
 #include "rows.inl"
+#include "panels.inl"
 #include "rounded.inl"
 #include "elementwise.inl"
 #include "attention.inl"
@@ -111,7 +113,7 @@ inline Vec load_half(const uint16_t* from) {
 
 }  // namespace
 
-const Kernels kernels{multiply_rows, round_row, multiply_rounded, widen_rows, norm_rows, rotate, activate_rows, add_rows, attend, attend_tile, convolve, advance, convolve_rows, advance_chunks};
+const Kernels kernels{multiply_rows, kPanelRows, pack_rows, multiply_packed, round_row, multiply_rounded, widen_rows, norm_rows, rotate, activate_rows, add_rows, attend, attend_tile, convolve, advance, convolve_rows, advance_chunks};
 
 }  // namespace whet::avx2
 #endif

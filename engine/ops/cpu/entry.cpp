@@ -61,6 +61,7 @@ WHET_API int64_t whet_cpu_size(int64_t kind) {
     case whet::Kind::kTiledAttention: return sizeof(whet::TiledAttention);
     case whet::Kind::kConv: return sizeof(whet::Conv);
     case whet::Kind::kDeltaChunk: return sizeof(whet::DeltaChunk);
+    case whet::Kind::kFloatProduct: return sizeof(whet::FloatProduct);
   }
   return -1;
 }

@@ -11,6 +11,8 @@
 
 namespace whet {
 
+inline int64_t ceil_to(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
+
 enum class Storage : int32_t {
   kFloat32 = 0,  // data: float [N, K]
   kBfloat16 = 1, // data: bfloat16 [N, K]
@@ -44,6 +46,28 @@ struct Linear {
   // x is rounded to int8 and multiplied by the weight's integers (gemm.h).
   int32_t rounds;
   int32_t reserved;
+};
+
+// y = x W^T, or x W, for many rows of x and rows [begin, end) of W (panels.inl).
+constexpr int64_t kProductColumns = 32;  // of y that are computed together
+struct FloatProduct {
+  const Weight* weight;
+  const float* x;      // [M, K]; transposed: [M, end - begin]
+  float* y;            // [M, end - begin]; transposed: [M, K]
+  int64_t inputs;      // K
+  int64_t rows;        // M
+  int64_t begin, end;
+  int64_t x_stride, y_stride;  // from row to row
+  int32_t transposed;
+  int32_t reserved;
+};
+
+// Some rows of the x of a FloatProduct, over some of what is summed, laid out for the multiplication.
+struct PackedRows {
+  const float* tiles;  // one of Kernels::panel_rows rows after the other, each [count][panel_rows]
+  int64_t tile_size;   // numbers from one to the next
+  int64_t row, rows;
+  int64_t first, count;  // of what is summed
 };
 
 // A row of x in int8, each group of kRounded values with a scale.
@@ -234,7 +258,7 @@ struct DeltaChunk {
 enum class Kind : int64_t {
   kLinear, kWidenRows, kGather, kRmsNorm, kRopeTable, kRope, kAttention, kGatedActivation, kAdd, kConvStep, kDeltaStep,
   kTiledAttention,
-  kConv, kDeltaChunk,
+  kConv, kDeltaChunk, kFloatProduct,
 };
 
 struct Op {
@@ -247,6 +271,10 @@ struct Kernels {
   // y[m, n] = sum_k x[m, k] w[n, k] for n in [begin, end).
   void (*multiply_rows)(const Weight& weight, int64_t inputs, int64_t begin, int64_t end, const float* x, int64_t ldx,
                         int64_t rows, float* y, int64_t ldy);
+  // See panels.inl.
+  int64_t panel_rows;
+  void (*pack_rows)(const float* x, int64_t stride, int64_t rows, int64_t count, float* out);
+  void (*multiply_packed)(const FloatProduct& op, const PackedRows& x, int64_t column, int64_t columns);
   // See rounded.inl; `split` for kInt4.
   void (*round_row)(const float* x, int64_t inputs, bool split, int8_t* values, float* scales, float* sums);
   // y[n] = sum_k x[k] w[n, k] for n in [begin, end).

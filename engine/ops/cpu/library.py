@@ -38,6 +38,7 @@ KINDS = (
     "tiled_attention",
     "conv",
     "delta_chunk",
+    "float_product",
 )
 """``Kind`` of kernels.h, in its order."""
 

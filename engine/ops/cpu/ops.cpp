@@ -19,6 +19,10 @@ constexpr int64_t kTileQueries = 96;
 // Tokens of a sequence whose softmax is taken together: few, since a short sequence has few pieces for the threads.
 constexpr int64_t kSpan = 64;
 
+// Rows of x that pass over a panel of W, enough that making it costs little, and numbers of each: together they stay near.
+constexpr int64_t kBlockRows = 252;
+constexpr int64_t kBlockSums = 4096;
+
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Runs body(index) for each index in [0, count) on the pool.
@@ -89,6 +93,31 @@ void run(const Op* ops, int64_t count, const Kernels& kernels, const Linear& fir
     }
     kernels.multiply_rows(*op.weight, op.inputs, begin, end, op.x, op.inputs, op.rows, op.y, outputs);
   });
+}
+
+void run(const FloatProduct& op, const Kernels& kernels) {
+  const int64_t width = op.end - op.begin, columns = op.transposed != 0 ? op.inputs : width;
+  const int64_t summed = op.transposed != 0 ? width : op.inputs, per_tile = kernels.panel_rows;
+  const int64_t blocks = ceil_div(op.rows, kBlockRows), block = ceil_to(ceil_div(op.rows, blocks), per_tile);
+  thread_local std::vector<float> memory;
+  for (int64_t row = 0; row < op.rows; row += block) {
+    for (int64_t first = 0; first < summed; first += kBlockSums) {
+      const int64_t rows = std::min(block, op.rows - row), count = std::min(kBlockSums, summed - first);
+      const int64_t tiles = ceil_div(rows, per_tile), size = ceil_to(count * per_tile + 8, 16);
+      if (static_cast<int64_t>(memory.size()) < tiles * size) memory.resize(tiles * size);
+      float* const packed = memory.data();
+      in_parallel(tiles, [&](int64_t tile) {
+        const int64_t begin = tile * per_tile;
+        kernels.pack_rows(op.x + (row + begin) * op.x_stride + first, op.x_stride, std::min(per_tile, rows - begin),
+                          count, packed + tile * size);
+      });
+      const PackedRows x{packed, size, row, rows, first, count};
+      in_parallel(ceil_div(columns, kProductColumns), [&](int64_t index) {
+        const int64_t column = index * kProductColumns;
+        kernels.multiply_packed(op, x, column, std::min(kProductColumns, columns - column));
+      });
+    }
+  }
 }
 
 void run(const WidenRows& op, const Kernels& kernels) {
@@ -278,6 +307,7 @@ Status run(const Op* ops, int64_t count, const Kernels& kernels) try {
       case Kind::kDeltaStep: run(*static_cast<const DeltaStep*>(args), kernels); break;
       case Kind::kConv: run(*static_cast<const Conv*>(args), kernels); break;
       case Kind::kDeltaChunk: run(*static_cast<const DeltaChunk*>(args), kernels); break;
+      case Kind::kFloatProduct: run(*static_cast<const FloatProduct*>(args), kernels); break;
     }
   }
   return Status::kDone;

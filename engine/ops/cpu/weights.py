@@ -56,6 +56,22 @@ class _Linear(ctypes.Structure):
     )
 
 
+class _FloatProduct(ctypes.Structure):
+    _fields_ = (
+        ("weight", _POINTER),
+        ("x", _POINTER),
+        ("y", _POINTER),
+        ("inputs", _INTEGER),
+        ("rows", _INTEGER),
+        ("begin", _INTEGER),
+        ("end", _INTEGER),
+        ("x_stride", _INTEGER),
+        ("y_stride", _INTEGER),
+        ("transposed", ctypes.c_int32),
+        ("reserved", ctypes.c_int32),
+    )
+
+
 class _WidenRows(ctypes.Structure):
     _fields_ = (
         ("weight", _POINTER),
@@ -70,8 +86,9 @@ class _Gather(ctypes.Structure):
     _fields_ = (("weight", _POINTER), ("ids", _POINTER), ("out", _POINTER), ("inputs", _INTEGER), ("rows", _INTEGER))
 
 
-_LINEAR, _WIDEN_ROWS, _GATHER = (KINDS.index(kind) for kind in ("linear", "widen_rows", "gather"))
-for _kind, _struct in (("linear", _Linear), ("widen_rows", _WidenRows), ("gather", _Gather)):
+_STRUCTS = {"linear": _Linear, "widen_rows": _WidenRows, "gather": _Gather, "float_product": _FloatProduct}
+_LINEAR, _WIDEN_ROWS, _GATHER, _FLOAT_PRODUCT = map(KINDS.index, _STRUCTS)
+for _kind, _struct in _STRUCTS.items():
     check_struct(_kind, _struct)
 
 
@@ -156,6 +173,43 @@ class PackedWeight:
         rounds = rounds and self._rounds
         args = _Linear(self._pointer, x.data_ptr(), y.data_ptr(), self.inputs, rows, rounds, 0)
         call(_LINEAR, args, (self, x, y))
+        return y
+
+    def product(self, x: Tensor, start: int = 0, end: int | None = None) -> Tensor:
+        """x [..., K] float32 times rows [start, end) of the weight, transposed: [..., end - start]. No gradient.
+
+        For many rows of x; ``linear`` is the faster for a few. The sums are float32, in order, so a row of the result
+        does not depend on the other rows.
+        """
+        return self._product(x, start, self.outputs if end is None else end, transposed=False)
+
+    def product_transposed(self, x: Tensor, start: int = 0, end: int | None = None) -> Tensor:
+        """x [..., end - start] float32 times rows [start, end) of the weight: [..., K], the input's gradient of
+        ``product`` for that of its result. No gradient."""
+        return self._product(x, start, self.outputs if end is None else end, transposed=True)
+
+    def _product(self, x: Tensor, start: int, end: int, *, transposed: bool) -> Tensor:
+        assert 0 <= start < end <= self.outputs
+        assert x.shape[-1] == (end - start if transposed else self.inputs)
+        outputs = self.inputs if transposed else end - start
+        flat = x.reshape(-1, x.shape[-1])
+        if flat.stride(1) != 1:
+            flat = flat.contiguous()
+        y = empty((*x.shape[:-1], outputs))
+        args = _FloatProduct(
+            self._pointer,
+            flat.data_ptr(),
+            y.data_ptr(),
+            self.inputs,
+            flat.shape[0],
+            start,
+            end,
+            flat.stride(0),
+            outputs,
+            transposed,
+            0,
+        )
+        call(_FLOAT_PRODUCT, args, (self, flat, y))
         return y
 
     def widen(self, start: int, end: int, out: Tensor | None = None) -> Tensor:
