@@ -166,6 +166,8 @@ class EngineConfig:
         block_size: tokens of one attention cache block.
         enable_prefix_caching: share blocks among equal prefixes.
         enable_decode_graphs: capture decode steps once and replay them. The results are the same.
+        enable_overlap: where decode steps are CUDA graphs that choose their tokens, launch each before the tokens of
+            the one before have been read. The results are the same.
         gguf_weights: how a GGUF file's quantized matrices are held: "stored" as the file has them, "float" in the
             compute type. The numbers that they stand for are the same. "auto": stored where there are kernels for it.
         activation_quantization: whether activations are rounded to int8 where a linear weight is stored as integers on
@@ -192,6 +194,7 @@ class EngineConfig:
     block_size: int = 16
     enable_prefix_caching: bool = True
     enable_decode_graphs: bool = True
+    enable_overlap: bool = True
     gguf_weights: GGUFWeights = "auto"
     activation_quantization: ActivationQuantization = "auto"
     state_checkpoint_interval: int = 64

@@ -169,7 +169,8 @@ class Engine:
         outputs: list[RequestOutput] = []
         for loaded in self._models.values():
             if loaded.runner is not None and loaded.runner.has_requests():
-                outputs.extend(loaded.runner.step())
+                # A slice of a job would lie between a step that is under way and the reading of its tokens.
+                outputs.extend(loaded.runner.step(overlap=not self._jobs))
         self._jobs.served(self._clock() - begin)
         return outputs
 

@@ -141,6 +141,11 @@ class ServerConfig(BaseSettings):
         description="Capture decode steps once and replay them, which spares the interpreter's time; the results are "
         "the same.",
     )
+    overlap: bool = Field(
+        default=True,
+        description="On CUDA, launch a decode step before the tokens of the one before have been read; the results are "
+        "the same.",
+    )
     gguf_weights: GGUFWeights = Field(
         default="auto",
         description="How quantized matrices of GGUF files are held: as stored, or wide in the compute type; auto: as "
@@ -325,6 +330,7 @@ class ServerConfig(BaseSettings):
             block_size=self.block_size,
             enable_prefix_caching=self.prefix_caching,
             enable_decode_graphs=self.decode_graphs,
+            enable_overlap=self.overlap,
             gguf_weights=self.gguf_weights,
             activation_quantization=self.activation_quantization,
             state_checkpoint_interval=self.state_checkpoint_interval,

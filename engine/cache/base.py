@@ -58,7 +58,8 @@ class CacheManager(ABC):
 
     @abstractmethod
     def allocate(self, sequence: CachedSequence, num_tokens: int, num_drafts: int = 0) -> bool:
-        """Room for ``num_tokens`` tokens after the computed ones. Idempotent.
+        """Room for ``num_tokens`` tokens after the computed ones. Idempotent. The last may be one that is not in
+        token_ids yet, as the step that chooses it is under way.
 
         Args:
             num_drafts: the last so many of them are drafts: ``rollback`` may take them back after ``commit``. At least

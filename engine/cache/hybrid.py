@@ -231,6 +231,8 @@ class HybridManager(CacheManager):
                     self.slots.forget(block_hash)
                 state.trailing.clear()
         for position in sorted(positions, reverse=True):
-            known = self.slots.find(self.blocks.block_hash(sequence, position // self.block_size - 1))
+            known = None
+            if position <= len(sequence.token_ids):  # else the block ends in a token that is under way
+                known = self.slots.find(self.blocks.block_hash(sequence, position // self.block_size - 1))
             if known is None and not self.slots.plan(state, position):
                 break

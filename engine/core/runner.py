@@ -15,7 +15,9 @@ from engine.cache.hybrid import HybridManager
 from engine.context import PagedCache, RecurrentStates, StateSave
 from engine.core.batch import pack
 from engine.core.captured_steps import captured_steps
+from engine.core.cuda_graphs import CudaGraphs
 from engine.core.failures import as_engine_error
+from engine.core.launched import LaunchedBatch
 from engine.core.loaded import LoadedModel
 from engine.core.memory import CachePlan
 from engine.core.scheduler import ScheduledBatch, ScheduledSequence, Scheduler
@@ -27,7 +29,7 @@ from engine.ops import cpu
 from engine.ops.transfer import to_device
 from engine.request import MAX_N, Request, RequestOutput
 from engine.sampling.logprobs import prompt_logprobs
-from engine.sampling.on_device import DeviceSampler
+from engine.sampling.on_device import DeviceSampler, row_numbers
 from engine.sampling.sampler import Sampler
 
 logger = logging.getLogger(__name__)
@@ -82,8 +84,10 @@ class Runner:
             max_waiting=config.max_waiting_requests,
             max_model_len=loaded.info.max_model_len,
         )
-        self._sampler = Sampler() if loaded.device.type == "cpu" else DeviceSampler()
+        self._device_sampler = DeviceSampler()
+        self._sampler = Sampler() if loaded.device.type == "cpu" else self._device_sampler
         self._graphs = captured_steps(loaded, model, cache, states, plan.max_sequences)
+        self._under_way: LaunchedBatch | None = None
         self._observations: dict[str, list[float]] = defaultdict(list)
 
     # ----------------------------------------------------------------------------------------------------- requests
@@ -139,26 +143,89 @@ class Runner:
     # --------------------------------------------------------------------------------------------------------- step
 
     @torch.inference_mode()
-    def step(self) -> list[RequestOutput]:
-        """One batch: schedule, forward, sample. A failure ends the sequences of the batch with an error, no others."""
-        batch = self._scheduler.schedule()
-        self._observations["step_tokens"].append(batch.num_tokens)
+    def step(self, *, overlap: bool = True) -> list[RequestOutput]:
+        """One batch: schedule, forward, sample. A failure ends the sequences of the batch with an error, no others.
+
+        Args:
+            overlap: the next step may be under way on return, where steps can be launched ahead of what they gave.
+        """
+        with cpu.int8_activations(self._loaded.engine_config.rounds_activations):
+            if self._under_way is not None and self._under_way.is_over:
+                self._under_way = None
+            if self._under_way is None:
+                batch = self._scheduler.schedule()
+                self._observations["step_tokens"].append(batch.num_tokens)
+                try:
+                    self._under_way = self._launch(batch)
+                    sampled = {} if self._under_way is not None else self._execute(batch)
+                except Exception as error:  # noqa: BLE001 - reported to each caller; the engine goes on
+                    return self._fail(batch, error)
+                if self._under_way is None:
+                    return [self._report(entry, sampled.get(id(entry.sequence))) for entry in batch.entries]
+            return self._read(self._under_way, overlap and self._loaded.engine_config.enable_overlap)
+
+    def _read(self, launched: LaunchedBatch, overlap: bool) -> list[RequestOutput]:
+        """Reports the step under way, after the one that follows it has been launched, if it can be."""
+        self._under_way = None
+        following = self._scheduler.follow(launched.batch) if overlap else None
+        failure: Exception | None = None
+        if following is not None:
+            try:
+                self._under_way = self._launch(following, launched)
+            except Exception as error:  # noqa: BLE001 - reported to each caller; the engine goes on
+                failure = error
+            else:
+                self._observations["step_tokens"].extend([following.num_tokens] if self._under_way is not None else [])
         try:
-            with cpu.int8_activations(self._loaded.engine_config.rounds_activations):
-                sampled = self._execute(batch)
+            sampled, left = launched.results(self._device_sampler)
         except Exception as error:  # noqa: BLE001 - reported to each caller; the engine goes on
-            return self._fail(batch, error)
-        return [self._report(entry, sampled.get(id(entry.sequence))) for entry in batch.entries]
+            self._under_way = None
+            return self._fail(launched.batch, error)
+        live = [entry for entry in launched.batch.entries if not entry.sequence.is_finished]
+        outputs = [self._report(entry, sampled[id(entry.sequence)]) for entry in live]
+        if following is not None and failure is not None:
+            outputs += self._fail(following, failure)
+        if self._under_way is not None:
+            self._under_way.drop(left)
+        return outputs
+
+    def _launch(self, batch: ScheduledBatch, after: LaunchedBatch | None = None) -> LaunchedBatch | None:
+        """Starts a step in which each sequence decodes; None if it cannot be left to the device.
+
+        Args:
+            after: the step under way, whose tokens are this one's; None: the tokens are known.
+        """
+        if not isinstance(self._graphs, CudaGraphs):
+            return None
+        if after is None:
+            sort_by_adapter(batch.entries)
+        sequences = [entry.sequence for entry in batch.entries]
+        if not self._device_sampler.takes(sequences) or not (after or decodes(batch.entries)):
+            return None
+        slots, saves = self._prepare_states(sequences)
+        step = self._graphs.launch(
+            [s.token_ids[-1] for s in sequences],
+            [s.num_computed_tokens for s in sequences],
+            [s.block_table for s in sequences],
+            slots,
+            [s.adapter for s in sequences],
+            row_numbers(sequences, ahead=0 if after is None else 1),
+            () if after is None else [after.rows[id(s)] for s in sequences],
+        )
+        if step is None:
+            return None
+        self._keep_states(slots, saves)
+        return LaunchedBatch(batch, step)
 
     def _execute(self, batch: ScheduledBatch) -> dict[int, int | EngineError]:
         """Runs the model. Returns, by id of the sequence, the token that follows it, or why there is none."""
         entries = batch.entries
-        # Sequences of one adapter side by side, so that each adapter is one segment; by name, so that runs repeat.
-        entries.sort(key=lambda e: (e.sequence.request.adapter or "", e.sequence.adapter_version or 0))
+        sort_by_adapter(entries)
         sequences = [entry.sequence for entry in entries]
         slots, saves = self._prepare_states(sequences)
-        logits = None if saves else self._replay(entries, sequences, slots)
+        logits = self._replay(entries, sequences, slots)
         if logits is not None:
+            self._keep_states(slots, saves)
             return self._sample(logits, sequences)
         token_ids, ctx = pack(
             [
@@ -187,16 +254,8 @@ class Runner:
 
     def _replay(self, entries: Seq[ScheduledSequence], sequences: Seq[Sequence], slots: Seq[int]) -> Tensor | None:
         """Logits of a step in which each sequence decodes, from a captured step; None if there is no such."""
-        if self._graphs is None:
+        if self._graphs is None or not decodes(entries):
             return None
-        for entry, s in zip(entries, sequences, strict=True):
-            if (
-                entry.num_tokens > 1
-                or s.num_computed_tokens == 0
-                or s.collects_prompt_logprobs
-                or not entry.reaches_end
-            ):
-                return None
         return self._graphs.logits(
             [s.token_ids[-1] for s in sequences],
             [s.num_computed_tokens for s in sequences],
@@ -227,6 +286,14 @@ class Runner:
         ]
         return [self._manager.state_slot(sequence) for sequence in sequences], saves
 
+    def _keep_states(self, slots: Seq[int], saves: Seq[StateSave]) -> None:
+        """After a step of one token a sequence, where the states to keep are those that it leaves."""
+        if self._states is not None and saves:
+            assert all(save.num_tokens == 1 for save in saves)
+            sources, targets = [slots[save.row] for save in saves], [save.slot for save in saves]
+            device = self._loaded.device
+            self._states.copy_each(to_device(sources, device), to_device(targets, device))
+
     def _score_prompt(self, entry: ScheduledSequence, hidden: Tensor) -> None:
         """Adds the logprobs of the prompt tokens that this chunk's positions predict. hidden: [n, D] of the chunk."""
         sequence = entry.sequence
@@ -252,7 +319,8 @@ class Runner:
             self._scheduler.finish(sequence, "error", result)
             return self._output(sequence, [])
         before = sequence.last_token_time
-        accepted = self._scheduler.update(sequence, entry.num_tokens, [] if result is None else [result])
+        computed = 0 if entry.is_committed else entry.num_tokens
+        accepted = self._scheduler.update(sequence, computed, [] if result is None else [result])
         if accepted and before is not None and sequence.last_token_time is not None:
             self._observations["inter_token_latency_seconds"].append(sequence.last_token_time - before)
         return self._output(sequence, accepted)
@@ -290,8 +358,9 @@ class Runner:
             logger.error("a step of model %s failed", self._loaded.info.name, exc_info=error)
         outputs = []
         for entry in batch.entries:
-            self._scheduler.finish(entry.sequence, "error", reported)
-            outputs.append(self._output(entry.sequence, []))
+            if not entry.sequence.is_finished:
+                self._scheduler.finish(entry.sequence, "error", reported)
+                outputs.append(self._output(entry.sequence, []))
         return outputs
 
     # -------------------------------------------------------------------------------------------------------- stats
@@ -329,3 +398,19 @@ class Runner:
     def adapters_held(self) -> set[tuple[str, int]]:
         """Names and versions of the adapters of all live requests."""
         return self._scheduler.adapters_held()
+
+
+def sort_by_adapter(entries: list[ScheduledSequence]) -> None:
+    """Sequences of one adapter side by side, so that each adapter is one segment; by name, so that runs repeat."""
+    entries.sort(key=lambda e: (e.sequence.request.adapter or "", e.sequence.adapter_version or 0))
+
+
+def decodes(entries: Seq[ScheduledSequence]) -> bool:
+    """Whether each sequence has a past and one new token, after which the next is chosen."""
+    return all(
+        entry.num_tokens == 1
+        and entry.reaches_end
+        and entry.sequence.num_computed_tokens > 0
+        and not entry.sequence.collects_prompt_logprobs
+        for entry in entries
+    )

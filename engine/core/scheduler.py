@@ -30,10 +30,15 @@ MAX_RETRY_SECONDS = 60.0
 
 @dataclass(slots=True)
 class ScheduledSequence:
-    """The part of one sequence in a step: tokens [num_computed_tokens, num_computed_tokens + num_tokens)."""
+    """The part of one sequence in a step: tokens [num_computed_tokens, num_computed_tokens + num_tokens).
+
+    Attributes:
+        is_committed: the cache counts these tokens as computed already (``Scheduler.follow``).
+    """
 
     sequence: Sequence
     num_tokens: int
+    is_committed: bool = False
 
     @property
     def reaches_end(self) -> bool:
@@ -228,13 +233,14 @@ class Scheduler:
         """Takes in what a step brought a scheduled sequence, and ends it if it is complete.
 
         Args:
-            num_computed: tokens of it that the step computed.
+            num_computed: tokens of it that the step computed; 0 if ``follow`` has counted them.
             new_tokens: sampled after its last known token; empty if the step did not reach that.
 
         Returns: those of new_tokens that belong to the completion: none follows one that ends it.
         """
         assert sequence.status is SequenceStatus.RUNNING, f"update of a {sequence.status.value} sequence"
-        self.cache.commit(sequence, num_computed)
+        if num_computed:
+            self.cache.commit(sequence, num_computed)
         assert not new_tokens or sequence.num_uncomputed_tokens == 0, "sampled before all tokens were computed"
         now = self._clock()
         accepted: list[int] = []
@@ -267,6 +273,33 @@ class Scheduler:
         entries = [ScheduledSequence(sequence, count) for sequence, count in step.tokens.items()]
         assert entries or not self.has_unfinished(), "nothing scheduled, yet something is unfinished"
         return ScheduledBatch(entries)
+
+    def follow(self, batch: ScheduledBatch) -> ScheduledBatch | None:
+        """The step after one in which every sequence decodes, while that is under way and its tokens are not known: one
+        more token for each sequence that may go on.
+
+        A sequence of which that step turns out to be the last has this step for nothing: its blocks are given back when
+        that is known, and nobody reads there before what this step writes has been written over. What the step under
+        way computes is counted as computed, in the order of the device's work. Nothing is preempted or admitted, so
+        this is for steps before which ``schedule`` would do neither.
+
+        Returns: None if there is no such step; ``schedule`` is then to be asked once the tokens are known.
+        """
+        live = [entry for entry in batch.entries if not entry.sequence.is_finished]
+        going_on = [e for e in live if len(e.sequence.token_ids) + 1 < e.sequence.max_total_tokens]
+        if not going_on or len(live) != len(self._running):
+            return None
+        if self._waiting:
+            urgent, last = self._waiting[0].request.priority, self._running[-1].request.priority
+            if len(going_on) < self.max_running or urgent < last:
+                return None
+        for entry in batch.entries:
+            if not entry.sequence.is_finished and not entry.is_committed:
+                self.cache.commit(entry.sequence, entry.num_tokens)
+                entry.is_committed = True
+        if not all(self.cache.allocate(entry.sequence, 1) for entry in going_on):
+            return None
+        return ScheduledBatch([ScheduledSequence(entry.sequence, 1) for entry in going_on])
 
     def _continue(self, sequence: Sequence, step: _Step) -> None:
         """Schedules a running sequence, at the cost of those behind it."""

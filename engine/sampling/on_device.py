@@ -4,14 +4,15 @@ It does what engine.sampling.sampler does, to the same numbers in the same order
 operations whose shapes do not depend on what is in them. The uniform number of a draw depends on the sequence's key and
 count alone, so the host sends it with the parameters. What takes a look at the numbers is left to that sampler, which
 is told by a -1 in a token's place: logits that are not finite, and nuclei of more tokens than are sorted here. It also
-takes rows that ask for more than these filters, such as penalties or log-probabilities.
+takes rows that ask for more than these filters, such as penalties or log-probabilities. Captured decode steps hold
+``choose`` as their last part (engine.core.cuda_graphs).
 
 Shapes: N rows, V vocabulary. Proof: tests/unit/test_sampling_on_device.py, tests/gpu.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -39,29 +40,52 @@ class DeviceSampler:
         """See Sampler.sample."""
         if logits.dim() != 2 or logits.shape[0] != len(sequences):
             raise ShapeError(f"logits are {list(logits.shape)} for {len(sequences)} sequences; accepted: [N, V]")
-        if not all(self._takes(s) for s in sequences):
+        if not self.takes(sequences):
             return self._reference.sample(logits, sequences)
         tokens = choose(logits, *parameters(sequences, logits.device))
-        token_ids: list[int] = tokens.tolist()
+        return self.settle(tokens.tolist(), sequences, lambda rows: logits[rows])
+
+    def settle(
+        self, token_ids: list[int], sequences: Sequence[SamplingSequence], logits: Callable[[list[int]], Tensor]
+    ) -> SampledTokens:
+        """What ``choose`` gave, with the rows that it left to the plain sampler.
+
+        Args:
+            token_ids: of the sequences, for which ``takes`` holds; becomes a part of what is returned.
+            logits: of some rows, [n, V] float32, in memory of their own; asked for where a row was left.
+        """
         sampled = SampledTokens(token_ids, [None] * len(token_ids))
         left = [row for row, token in enumerate(token_ids) if token < 0]
         if left:
-            rest = self._reference.sample(logits[left], [sequences[row] for row in left])
+            rest = self._reference.sample(logits(left), [sequences[row] for row in left])
             for i, row in enumerate(left):
                 token_ids[row] = rest.token_ids[i]
                 if i in rest.errors:
                     sampled.errors[row] = rest.errors[i]
         return sampled
 
-    def _takes(self, sequence: SamplingSequence) -> bool:
-        params = sequence.sampling
-        return params.logprobs is None and not any(other.applies(params) for other in self._others)
+    def takes(self, sequences: Sequence[SamplingSequence]) -> bool:
+        """Whether ``choose`` does all that the sequences ask for."""
+        asked = [s.sampling for s in sequences]
+        return all(p.logprobs is None and not any(other.applies(p) for other in self._others) for p in asked)
 
 
 def parameters(sequences: Sequence[SamplingSequence], device: torch.device) -> tuple[Tensor | None, bool]:
     """What ``choose`` needs of the sequences, on the device: params and filters."""
+    numbers, filters = row_numbers(sequences)
+    return to_device(numbers, device, torch.float64).view(-1, 5) if numbers else None, filters
+
+
+def row_numbers(sequences: Sequence[SamplingSequence], ahead: int = 0) -> tuple[list[float], bool]:
+    """What ``choose`` needs of the sequences, on the host.
+
+    Args:
+        ahead: tokens of each that have been chosen and are not known here yet.
+
+    Returns: params row after row, none where all rows are greedy; filters.
+    """
     if all(is_greedy(s.sampling) for s in sequences):
-        return None, False
+        return [], False
     numbers: list[float] = []
     filters = False
     for s in sequences:
@@ -70,9 +94,9 @@ def parameters(sequences: Sequence[SamplingSequence], device: torch.device) -> t
             numbers += (0.0, 0.0, 0, 1.0, 0.0)
         else:
             filters |= params.top_k > 0 or params.top_p < 1.0
-            number = uniform(s.sampling_key, s.num_output_tokens)
+            number = uniform(s.sampling_key, s.num_output_tokens + ahead)
             numbers += (number, params.temperature, params.top_k, params.top_p, params.min_p)
-    return to_device(numbers, device, torch.float64).view(-1, 5), filters
+    return numbers, filters
 
 
 def choose(logits: Tensor, params: Tensor | None, filters: bool) -> Tensor:

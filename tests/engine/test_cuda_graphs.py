@@ -47,6 +47,7 @@ def test_inputs_of_a_step() -> None:
     for ids, computed, tables, own in steps:
         inputs.write(4, ids, computed, tables, own, own)
         count = len(ids)
+        assert [x.tolist() for x in inputs.fed(4)] == [x.tolist() for x in inputs.given(4)]
         assert inputs.token_ids.tolist() == ids + [0] * (4 - count)
         assert inputs.positions.tolist() == computed + [0] * (4 - count)
         assert inputs.kv_lens.tolist() == [position + 1 for position in computed] + [1] * (4 - count)
@@ -57,6 +58,20 @@ def test_inputs_of_a_step() -> None:
         for row, table in enumerate(tables):
             assert inputs.tables[row, : len(table)].tolist() == table
         assert inputs.tables[count:, 0].tolist() == [0] * (4 - count)
+
+
+def test_inputs_from_the_step_before() -> None:
+    """Rows take the tokens of other rows; one that has none there is nobody's. What a step draws with is its own."""
+    inputs = StepInputs(4, 6, 4, torch.device("cpu"))
+    inputs.sampled.copy_(torch.tensor([31, -1, 33, 34]))
+    draws = [0.5, 1.0, 3, 0.9, 0.1] * 3
+    inputs.write(4, [0] * 3, [5, 6, 7], [[3, 5], [2, 1], [9, 4]], [4, 1, 2], [-1] * 3, draws, [2, 1, 0])
+    token_ids, slots, states = inputs.fed(4)
+    assert token_ids.tolist() == [33, 0, 31, 0]
+    assert slots.tolist() == [21, 0, 19, 0]
+    assert states.tolist() == [4, 0, 2, 0]
+    assert inputs.draws.flatten().tolist() == draws + [0.0] * 5
+    assert inputs.sampled.tolist() == [31, -1, 33, 34]
 
 
 def run_again(step: Step) -> Step:
@@ -71,11 +86,11 @@ def padded(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     steps: list[tuple[int, int]] = []
 
     class Counting(CudaGraphs):
-        def logits(self, tokens: Any, *args: Any) -> Any:
-            logits = super().logits(tokens, *args)
-            rows = next(size for size in self._sizes if size >= len(tokens))
-            steps.append((len(tokens), rows if logits is not None else 0))
-            return logits
+        def _replayed(self, kind: Any, tokens: Any, *args: Any) -> Any:
+            rows = super()._replayed(kind, tokens, *args)
+            if rows is not None or kind == "logits":  # what is not launched asks for logits next
+                steps.append((len(tokens), rows or 0))
+            return rows
 
     def make(loaded: Any, model: Any, cache: Any, states: Any, max_sequences: int) -> Any:
         if not loaded.engine_config.enable_decode_graphs:
@@ -202,14 +217,20 @@ def test_adapters_that_have_no_slot() -> None:
     assert given.assign([None]) == ([-1], slots.Reach(frozenset(), 8))
 
 
+@pytest.mark.parametrize("part", ["all", "choice"])
 def test_what_cannot_be_captured_runs_as_it_is(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The log says why, once for each size, and the tokens are right."""
+    """The log says why, once for each size and kind of step, and the tokens are right: where the choice of tokens is
+    what cannot be captured, steps end with the logits."""
     path = MODELS["llama"](tmp_path / "model")
     wanted = tokens(engine(path, tmp_path / "eager", enable_decode_graphs=False), PROMPTS[:3], LENGTHS[:3])
+    asked = []
 
     def refuse(step: Step) -> Step:
+        asked.append(step)
+        if part == "choice" and len(asked) % 2 == 0:
+            return run_again(step)
         raise RuntimeError("operation not permitted when stream is capturing")
 
     monkeypatch.setattr(
@@ -220,9 +241,12 @@ def test_what_cannot_be_captured_runs_as_it_is(
     with caplog.at_level(logging.WARNING):
         assert tokens(engine(path, tmp_path / "refused", max_running_requests=4), PROMPTS[:3], LENGTHS[:3]) == wanted
     said = [record.message for record in caplog.records if "not captured" in record.message]
-    assert len(said) == 3
-    assert "decode steps of 4 rows" in "".join(said)
-    assert "stream is capturing" in said[0]
+    kinds = ("greedy", "logits") if part == "all" else ("greedy",)
+    assert [message.split(" are ")[0] for message in said] == [
+        f"decode steps of {size} rows ({kind})" for size in (4, 2, 1) for kind in kinds
+    ]
+    assert len(asked) == 6
+    assert all("stream is capturing" in message for message in said)
 
 
 def test_a_step_that_asks_the_host_for_lengths_is_not_captured(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import tempfile
 
 import torch
@@ -9,7 +10,8 @@ import torch
 from engine.core.cuda_graphs import CudaGraphs, Step
 from engine.engine import Engine
 from engine.ops import backends
-from engine.sampling.on_device import choose, parameters
+from engine.request import Request
+from engine.sampling.on_device import choose, parameters, row_numbers
 from tests.gpu.checks import Skipped, check
 from tests.gpu.elementwise import needs_triton
 from tests.gpu.models import CPU, PROMPTS, engine_on, generate, kinds, random_adapter
@@ -49,12 +51,52 @@ def tokens_of_graphs(device: torch.device) -> float:
             for name, (tokens, _) in expected.items():
                 assert got[name][0] == tokens, f"{kind}, {name}, run {attempt}: {got[name][0]}, not {tokens}"
         assert graphs._replays, f"{kind}: nothing was captured"
-        refused = [size for (size, _), replay in graphs._replays.items() if replay is None]
-        assert not refused, f"{kind}: steps of {refused} rows were not captured"
+        assert all(ends != "logits" for _, _, ends in graphs._replays), f"{kind}: tokens were not chosen in the graph"
+        refused = [(size, ends) for (size, _, ends), replay in graphs._replays.items() if replay is None]
+        assert not refused, f"{kind}: steps of {refused} were not captured"
         if long:
             assert isinstance(engine_on(device, kind)._models["tiny"].runner._graphs, CudaGraphs)  # type: ignore[union-attr]
             plain = generate(engine_on(device, kind, enable_decode_graphs=False), prompts, count)
             assert all(plain[name][0] == tokens for name, (tokens, _) in expected.items()), f"{kind}, graphs off"
+    return 0.0
+
+
+@check
+def tokens_of_overlapped_steps(device: torch.device) -> float:
+    """Greedy, drawn and filtered rows that end at different steps, by length and by a token: the same with each step
+    launched before the tokens of the last are read, one by one, and without graphs."""
+    needs_triton(device)
+    long = device.type == "cuda"
+    count = 40 if long else 4
+    prompts = PROMPTS if long else PROMPTS[1:3]
+
+    def run(kind: str, overlap: bool, captured: bool = True) -> dict[str, list[int]]:
+        engine = engine_on(device, kind, enable_overlap=overlap, enable_decode_graphs=captured)
+        if captured:
+            use_graphs(engine, device, len(PROMPTS))
+        runner = engine._models["tiny"].runner
+        assert runner is not None
+        tokens: dict[str, list[int]] = {}
+        for i, (prompt, params) in enumerate(zip(prompts, PARAMS, strict=False)):
+            sampling = dataclasses.replace(
+                params, max_tokens=count - i * long, ignore_eos=True, stop_token_ids=list(range(9))
+            )
+            engine.add_request(Request(request_id=str(i), model="tiny", prompt_token_ids=prompt, sampling=sampling))
+        ahead = 0
+        while engine.has_requests():
+            for output in engine.step():
+                assert output.finish_reason != "error", output.error_message
+                tokens.setdefault(output.request_id, []).extend(output.token_ids)
+            ahead += runner._under_way is not None
+        assert bool(ahead) == overlap, f"{kind}: {ahead} steps were launched ahead"
+        return tokens
+
+    for kind in kinds(device):
+        wanted = run(kind, False)
+        got = run(kind, True)
+        assert got == wanted, f"{kind}: {got}, not {wanted}"
+        if long:
+            assert run(kind, False, False) == wanted, f"{kind}, graphs off"
     return 0.0
 
 
@@ -74,7 +116,9 @@ def tokens_of_graphs_with_adapters(device: torch.device) -> float:
             graphs = use_graphs(engine, where, len(prompts)) if captured else None
             tokens = {name: found for name, (found, _) in generate(engine, prompts, count, adapters).items()}
         if graphs is not None:
-            assert any(reach is not None for _, reach in graphs._replays), f"{kind}: no step with adapters was captured"
+            assert any(reach is not None for _, reach, _ in graphs._replays), (
+                f"{kind}: no step with adapters was captured"
+            )
             assert None not in graphs._replays.values(), f"{kind}: some steps were not captured"
         return tokens
 
@@ -89,8 +133,8 @@ def tokens_of_graphs_with_adapters(device: torch.device) -> float:
 
 @check
 def steps_never_wait(device: torch.device) -> float:
-    """From the numbers of a captured step to its tokens on the device, tables that grow included, without the host
-    waiting for the device."""
+    """From the numbers of a captured step to its tokens on the device, tables that grow included, and on to a step that
+    takes them, without the host waiting for the device."""
     if device.type != "cuda":
         raise Skipped("only a CUDA device can be waited for")
     for kind in kinds(device):
@@ -108,6 +152,11 @@ def steps_never_wait(device: torch.device) -> float:
                     logits = graphs.logits([5, 6, 7], [last] * 3, tables, states, [None] * 3)
                     assert logits is not None, f"{kind}: not captured"
                     choose(logits, *parameters(chosen, device))
+                    for sources in ((), (2, 0, 1)):
+                        step = graphs.launch(
+                            [5, 6, 7], [last] * 3, tables, states, [None] * 3, row_numbers(chosen), sources
+                        )
+                        assert step is not None, f"{kind}: the choice of tokens was not captured"
             except RuntimeError as error:
                 raise AssertionError(f"{kind}: {error}") from error
             finally:

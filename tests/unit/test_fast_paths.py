@@ -50,6 +50,10 @@ FAST_PATHS: dict[str, tuple[str, str]] = {
         "engine.core.runner.Runner",
         "tests/engine/test_cuda_graphs.py::test_padded_steps_give_the_same_tokens",
     ),
+    "decode steps launched ahead of the tokens of the last": (
+        "engine.core.runner.Runner",
+        "tests/engine/test_overlap.py::test_the_same_tokens",
+    ),
     # Products by int8 activations.
     "cpu linear, rounded, many rows": (
         "engine.ops.cpu.gemm.rounded",
