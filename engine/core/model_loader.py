@@ -21,6 +21,7 @@ from engine.loading import Checkpoint, load_weights, open_checkpoint
 from engine.lora.store import AdapterStore
 from engine.lora.targets import module_kinds, parameter_kinds, parameter_names
 from engine.models.base import CausalLM, Model, build_model
+from engine.models.encoder import Encoder
 from engine.ops import cpu
 from engine.ops.backends import implementations
 from engine.quantization.base import scheme_map
@@ -58,7 +59,7 @@ def load_checkpoint(
     for module in model.modules():
         if isinstance(module, Linear | Embedding):
             module.scheme.after_loading(module)
-    if device.type == "cuda":
+    if device.type == "cuda" or isinstance(model, Encoder):
         join_linears(model)
     model.eval()
     prefer_huge_pages(model)

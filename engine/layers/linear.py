@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.context import ForwardContext
+from engine.ops import cpu
 from engine.quantization.base import UNQUANTIZED, LinearScheme
 
 
@@ -49,6 +50,13 @@ class Linear(nn.Module):
         else:
             y = self.scheme.apply_with_bias(self, x, self.bias)
         return self.add_lora(x, y, ctx)
+
+    def without_bias(self, x: Tensor, ctx: ForwardContext) -> tuple[Tensor, Tensor | None]:
+        """What ``forward`` gives, but for the second tensor, which the caller is to add in a pass that it makes anyhow;
+        None where ``forward`` adds it at no cost."""
+        if self.bias is None or not cpu.takes(x, self.bias):
+            return self(x, ctx), None
+        return self.add_lora(x, self.scheme.apply(self, x), ctx), self.bias
 
     def add_lora(self, x: Tensor, y: Tensor, ctx: ForwardContext) -> Tensor:
         """y [T, out_features] plus the updates of the batch's adapters; y is used up."""

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from engine.config import ModelConfig
 from engine.context import ForwardContext
 from engine.errors import FormatError
+from engine.layers.joint import JointLinears
 from engine.models.base import models
 from engine.models.encoder import Encoder, LayerNorm, linear, self_attention, table
-from engine.ops.elementwise import activation
+from engine.ops.elementwise import activation, bias_activation
 from engine.quantization.base import SchemeMap
 
 
@@ -53,7 +54,7 @@ class BertEmbeddings(nn.Module):
         """token_ids [T]: [T, D]."""
         first_type = self.token_type_embeddings(torch.zeros(1, dtype=torch.int64, device=token_ids.device))
         positions = self.position_embeddings(ctx.positions + self.position_offset)
-        return self.LayerNorm(self.word_embeddings(token_ids) + first_type + positions)  # type: ignore[no-any-return]
+        return self.LayerNorm(self.word_embeddings(token_ids), first_type[0], positions)  # type: ignore[no-any-return]
 
 
 class BertSelfAttention(nn.Module):
@@ -66,10 +67,11 @@ class BertSelfAttention(nn.Module):
         self.query = linear(width, width, f"{name}.query", schemes, dtype)
         self.key = linear(width, width, f"{name}.key", schemes, dtype)
         self.value = linear(width, width, f"{name}.value", schemes, dtype)
+        self.qkv = JointLinears(self.query, self.key, self.value)
 
     def forward(self, x: Tensor, ctx: ForwardContext) -> Tensor:
         """x [T, D]: [T, D]."""
-        return self_attention(self.query, self.key, self.value, x, ctx, self.config)
+        return self_attention(self.qkv, x, ctx, self.config)
 
 
 class BertOutput(nn.Module):
@@ -84,7 +86,8 @@ class BertOutput(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor, ctx: ForwardContext) -> Tensor:
         """x [T, in_features] and residual [T, D]: [T, D]."""
-        return self.LayerNorm(self.dense(x, ctx) + residual)  # type: ignore[no-any-return]
+        y, bias = self.dense.without_bias(x, ctx)
+        return self.LayerNorm(y, bias, residual)  # type: ignore[no-any-return]
 
 
 class BertAttention(nn.Module):
@@ -106,11 +109,12 @@ class BertIntermediate(nn.Module):
     def __init__(self, config: ModelConfig, name: str, schemes: SchemeMap, dtype: torch.dtype) -> None:
         super().__init__()
         self.dense = linear(config.hidden_size, config.intermediate_size, f"{name}.dense", schemes, dtype)
-        self.act = activation(config.hidden_act)
+        activation(config.hidden_act)  # refuses what is not known
+        self.activation = config.hidden_act
 
     def forward(self, x: Tensor, ctx: ForwardContext) -> Tensor:
         """x [T, D]: [T, intermediate_size]."""
-        return self.act(self.dense(x, ctx))
+        return bias_activation(*self.dense.without_bias(x, ctx), self.activation)
 
 
 class BertLayer(nn.Module):

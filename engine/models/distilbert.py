@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from engine.config import ModelConfig
 from engine.context import ForwardContext
+from engine.layers.joint import JointLinears
 from engine.models.base import models
 from engine.models.encoder import Encoder, LayerNorm, linear, self_attention, table
-from engine.ops.elementwise import activation
+from engine.ops.elementwise import activation, bias_activation
 from engine.quantization.base import SchemeMap
 
 
@@ -29,7 +30,8 @@ class DistilBertEmbeddings(nn.Module):
 
     def forward(self, token_ids: Tensor, ctx: ForwardContext) -> Tensor:
         """token_ids [T]: [T, D]."""
-        return self.LayerNorm(self.word_embeddings(token_ids) + self.position_embeddings(ctx.positions))  # type: ignore[no-any-return]
+        positions = self.position_embeddings(ctx.positions)
+        return self.LayerNorm(self.word_embeddings(token_ids), residual=positions)  # type: ignore[no-any-return]
 
 
 class DistilBertAttention(nn.Module):
@@ -42,11 +44,12 @@ class DistilBertAttention(nn.Module):
         self.q_lin = linear(width, width, f"{name}.q_lin", schemes, dtype)
         self.k_lin = linear(width, width, f"{name}.k_lin", schemes, dtype)
         self.v_lin = linear(width, width, f"{name}.v_lin", schemes, dtype)
+        self.qkv = JointLinears(self.q_lin, self.k_lin, self.v_lin)
         self.out_lin = linear(width, width, f"{name}.out_lin", schemes, dtype)
 
-    def forward(self, x: Tensor, ctx: ForwardContext) -> Tensor:
-        """x [T, D]: [T, D]."""
-        return self.out_lin(self_attention(self.q_lin, self.k_lin, self.v_lin, x, ctx, self.config), ctx)  # type: ignore[no-any-return]
+    def forward(self, x: Tensor, ctx: ForwardContext) -> tuple[Tensor, Tensor | None]:
+        """x [T, D]: [T, D] and the bias that is to be added to it, if any."""
+        return self.out_lin.without_bias(self_attention(self.qkv, x, ctx, self.config), ctx)
 
 
 class DistilBertFeedForward(nn.Module):
@@ -56,11 +59,13 @@ class DistilBertFeedForward(nn.Module):
         super().__init__()
         self.lin1 = linear(config.hidden_size, config.intermediate_size, f"{name}.lin1", schemes, dtype)
         self.lin2 = linear(config.intermediate_size, config.hidden_size, f"{name}.lin2", schemes, dtype)
-        self.act = activation(config.hidden_act)
+        activation(config.hidden_act)  # refuses what is not known
+        self.activation = config.hidden_act
 
-    def forward(self, x: Tensor, ctx: ForwardContext) -> Tensor:
-        """x [T, D]: [T, D]."""
-        return self.lin2(self.act(self.lin1(x, ctx)), ctx)  # type: ignore[no-any-return]
+    def forward(self, x: Tensor, ctx: ForwardContext) -> tuple[Tensor, Tensor | None]:
+        """x [T, D]: [T, D] and the bias that is to be added to it, if any."""
+        inner = bias_activation(*self.lin1.without_bias(x, ctx), self.activation)
+        return self.lin2.without_bias(inner, ctx)
 
 
 class DistilBertLayer(nn.Module):
@@ -76,8 +81,8 @@ class DistilBertLayer(nn.Module):
 
     def forward(self, x: Tensor, ctx: ForwardContext) -> Tensor:
         """x [T, D]: [T, D]."""
-        x = self.sa_layer_norm(self.attention(x, ctx) + x)
-        return self.output_layer_norm(self.ffn(x, ctx) + x)  # type: ignore[no-any-return]
+        x = self.sa_layer_norm(*self.attention(x, ctx), x)
+        return self.output_layer_norm(*self.ffn(x, ctx), x)  # type: ignore[no-any-return]
 
 
 class DistilBertTransformer(nn.Module):

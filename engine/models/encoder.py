@@ -10,9 +10,11 @@ from torch import Tensor, nn
 
 from engine.config import ModelConfig
 from engine.context import ForwardContext
+from engine.layers.joint import JointLinears
 from engine.layers.linear import Embedding, Linear
 from engine.models.base import Model
 from engine.ops.attention import attention
+from engine.ops.norm import layer_norm
 from engine.quantization.base import SchemeMap
 
 
@@ -22,6 +24,10 @@ class Encoder(Model):
 
 class LayerNorm(nn.LayerNorm):
     """Normalisation to mean 0 and variance 1 over D, with weight and bias; statistics in float32 (arXiv:1607.06450)."""
+
+    def forward(self, x: Tensor, added: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+        """Of x [T, D] + added [D] + residual [T, D]: [T, D]."""
+        return layer_norm(x, self.weight, self.bias, self.eps, added=added, residual=residual)
 
     def __init__(self, config: ModelConfig, dtype: torch.dtype) -> None:
         super().__init__(config.hidden_size, eps=config.norm_eps, dtype=dtype)
@@ -38,11 +44,13 @@ def linear(in_features: int, out_features: int, name: str, schemes: SchemeMap, d
     return Linear(in_features, out_features, name=name, bias=True, scheme=schemes.for_module(name), dtype=dtype)
 
 
-def self_attention(
-    query: Linear, key: Linear, value: Linear, x: Tensor, ctx: ForwardContext, config: ModelConfig
-) -> Tensor:
-    """Heads of x [T, D] attend within their sequences: [T, D], before the output projection."""
+def self_attention(qkv: JointLinears, x: Tensor, ctx: ForwardContext, config: ModelConfig) -> Tensor:
+    """Heads of x [T, D] attend within their sequences: [T, D], before the output projection.
+
+    Args:
+        qkv: the projections to queries, keys and values.
+    """
     heads = (x.shape[0], config.num_attention_heads, config.head_dim)
-    q, k, v = (projection(x, ctx).view(heads) for projection in (query, key, value))
+    q, k, v = (y.view(heads) for y in qkv(x, ctx))
     # Layer 0: encoders keep no cache, so the index is never read.
     return attention(q, k, v, ctx, 0, scale=config.query_scale).reshape(x.shape[0], -1)

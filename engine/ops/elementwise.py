@@ -51,6 +51,15 @@ def gated_activation(gate: Tensor, up: Tensor, name: str) -> Tensor:
     return ACTIVATIONS[name](gate) * up
 
 
+def bias_activation(x: Tensor, bias: Tensor | None, name: str) -> Tensor:
+    """activation(x + bias) of the output x [..., D] of a product, which is used up; bias is [D], ``name`` one of
+    ACTIVATIONS."""
+    given = (x,) if bias is None else (x, bias)
+    if name in cpu.ACTIVATIONS and cpu.takes(*given) and x.is_contiguous():
+        return cpu.bias_activation(x, bias, name)
+    return ACTIVATIONS[name](x if bias is None else x + bias)
+
+
 def add(a: Tensor, b: Tensor) -> Tensor:
     """a + b; a [..., D], b of the same shape or [D]."""
     if (a.shape == b.shape or a.shape[-1:] == b.shape) and cpu.takes(a, b):

@@ -1,4 +1,5 @@
-"""Root mean square normalisation (arXiv:1910.07467), computed in float32, or in float64 for inputs of that type.
+"""Root mean square normalisation (arXiv:1910.07467) and layer normalisation (arXiv:1607.06450), computed in float32, or
+in float64 for inputs of that type.
 
 Shapes: D width. Proof: tests/parity for the torch form; tests/unit/test_triton_kernels.py and test_cpu_ops.py for the
 kernels.
@@ -41,6 +42,29 @@ def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tenso
     wide = widen(x)
     normed = _rms_norm(wide, weight.to(wide.dtype), eps)
     return (normed * F.silu(gate.to(wide.dtype))).to(gate.dtype)
+
+
+def layer_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    *,
+    added: Tensor | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """(s - mean(s)) / sqrt(var(s) + eps) * weight + bias over the last axis, of s = x + added + residual.
+
+    Args:
+        x: [..., D]. weight, bias: [D].
+        added: [D], such as the bias of the product that gave x. residual: like x.
+    """
+    given = [t for t in (added, residual) if t is not None]
+    if cpu.takes(x, weight, bias, *given):
+        return cpu.layer_norm(x, weight, bias, eps, added, residual)
+    for term in given:
+        x = x + term
+    return F.layer_norm(x, (x.shape[-1],), weight, bias, eps)
 
 
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -24,8 +24,8 @@ from engine.ops.delta_rule import (
     l2_normalize,
     recurrent_gated_delta_rule,
 )
-from engine.ops.elementwise import ACTIVATIONS, add, gated_activation
-from engine.ops.norm import gated_rms_norm, rms_norm
+from engine.ops.elementwise import ACTIVATIONS, add, bias_activation, gated_activation
+from engine.ops.norm import gated_rms_norm, layer_norm, rms_norm
 
 pytestmark = pytest.mark.skipif(not cpu.available(), reason="the CPU kernels were not built or this CPU lacks AVX2")
 
@@ -72,6 +72,32 @@ def test_gated_activation(level: None, name: str) -> None:
     gate = torch.tensor([[0.0, -0.0, 1e-30, 50.0, -50.0, 1e4, -1e4, torch.inf, torch.nan]])
     result = gated_activation(gate, torch.ones_like(gate), name)
     torch.testing.assert_close(result, ACTIVATIONS[name](gate), rtol=2e-6, atol=1e-6, equal_nan=True)
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_layer_norm(level: None, width: int) -> None:
+    """Rows far from 0, whose variance would drown if it were the difference of two means; any of the terms."""
+    x, residual = torch.randn(2, 5, width) + 30.0
+    weight, bias, added = torch.randn(3, width)
+
+    def norm(x: Tensor, weight: Tensor, bias: Tensor, *terms: Tensor) -> Tensor:
+        given = {"added" if term.dim() == 1 else "residual": term for term in terms}
+        return layer_norm(x, weight, bias, 1e-5, **given)
+
+    for terms in ((), (added,), (residual,), (added, residual)):
+        assert_same(norm, x, weight, bias, *terms, atol=5e-5)
+    rows = norm(x, weight, bias, added, residual)
+    assert torch.equal(norm(x[3:4], weight, bias, added, residual[3:4]), rows[3:4])
+
+
+@pytest.mark.parametrize("name", sorted(cpu.ACTIVATIONS))
+def test_bias_and_activation(level: None, name: str) -> None:
+    for width in WIDTHS:
+        x, bias = 6 * torch.randn(3, width), torch.randn(width)
+        assert_same(lambda x, b: bias_activation(x.clone(), b, name), x, bias, atol=5e-6)
+        assert_same(lambda x: bias_activation(x.clone(), None, name), x, atol=5e-6)
+    apart = torch.randn(3, 8)[:, :4]
+    torch.testing.assert_close(bias_activation(apart, None, name), ACTIVATIONS[name](apart))
 
 
 def test_add(level: None) -> None:

@@ -41,6 +41,8 @@ FAST_PATHS: dict[str, tuple[str, str]] = {
         "engine.ops.delta_rule.recurrent_gated_delta_rule",
         f"{CPU_OPS}::test_delta_rule_of_a_sequence",
     ),
+    "cpu layer_norm": ("torch.nn.functional.layer_norm", f"{CPU_OPS}::test_layer_norm"),
+    "cpu bias_activation": ("engine.ops.elementwise.ACTIVATIONS", f"{CPU_OPS}::test_bias_and_activation"),
     # Whole steps of them.
     "captured decode steps": (
         "engine.core.runner.Runner",

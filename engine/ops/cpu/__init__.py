@@ -1,9 +1,9 @@
 """Our kernels for CPUs: a shared library that is built when the package is installed (setup.py).
 
 What it offers is in kernels.h. ``library`` opens it, runs operations and captures programs of them; ``weights`` has the
-products, ``gemm`` says where they may round activations, ``calls`` has the rest. Nothing here decides but whether it
-can: callers keep the torch form, which is the reference (tests/unit/test_cpu_kernels.py, test_cpu_gemm.py,
-test_cpu_ops.py).
+products, ``gemm`` says where they may round activations, ``calls`` and ``encoder`` have the rest. Nothing here decides
+but whether it can: callers keep the torch form, which is the reference (tests/unit/test_cpu_kernels.py,
+test_cpu_gemm.py, test_cpu_ops.py).
 """
 
 from engine.ops.cpu.calls import (
@@ -23,6 +23,7 @@ from engine.ops.cpu.calls import (
     rope_table,
     tiled_attention,
 )
+from engine.ops.cpu.encoder import bias_activation, layer_norm
 from engine.ops.cpu.gemm import int8_activations, takes_rounded, with_int8_activations
 from engine.ops.cpu.library import LEVELS, Arena, Program, available, capture, level, set_num_threads, takes
 from engine.ops.cpu.weights import (
@@ -50,6 +51,7 @@ __all__ = [
     "StoredWeight",
     "add",
     "available",
+    "bias_activation",
     "capture",
     "conv",
     "conv_step",
@@ -58,6 +60,7 @@ __all__ = [
     "delta_step",
     "gated_activation",
     "int8_activations",
+    "layer_norm",
     "level",
     "packed",
     "rms_norm",

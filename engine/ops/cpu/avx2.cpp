@@ -106,6 +106,7 @@ inline Vec load_half(const uint16_t* from) {
 #include "panels.inl"
 #include "rounded.inl"
 #include "elementwise.inl"
+#include "encoder.inl"
 #include "attention.inl"
 #include "attention_tiles.inl"
 #include "recurrent.inl"
@@ -113,7 +114,7 @@ inline Vec load_half(const uint16_t* from) {
 
 }  // namespace
 
-const Kernels kernels{multiply_rows, kPanelRows, pack_rows, multiply_packed, round_row, multiply_rounded, widen_rows, norm_rows, rotate, activate_rows, add_rows, attend, attend_tile, convolve, advance, convolve_rows, advance_chunks};
+const Kernels kernels{multiply_rows, kPanelRows, pack_rows, multiply_packed, round_row, multiply_rounded, widen_rows, norm_rows, rotate, activate_rows, add_rows, attend, attend_tile, convolve, advance, convolve_rows, advance_chunks, normalize_rows, bias_and_activate_rows};
 
 }  // namespace whet::avx2
 #endif

@@ -62,6 +62,8 @@ WHET_API int64_t whet_cpu_size(int64_t kind) {
     case whet::Kind::kConv: return sizeof(whet::Conv);
     case whet::Kind::kDeltaChunk: return sizeof(whet::DeltaChunk);
     case whet::Kind::kFloatProduct: return sizeof(whet::FloatProduct);
+    case whet::Kind::kLayerNorm: return sizeof(whet::LayerNorm);
+    case whet::Kind::kBiasActivation: return sizeof(whet::BiasActivation);
   }
   return -1;
 }

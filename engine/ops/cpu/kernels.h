@@ -255,10 +255,33 @@ struct DeltaChunk {
   float reserved;
 };
 
+// (x + added + residual), normalised to mean 0 and variance 1 over each row, times weight, plus bias.
+struct LayerNorm {
+  const float* x;         // [M, width]
+  const float* added;     // [width], or null
+  const float* residual;  // [M, width], or null
+  const float* weight;    // [width]
+  const float* bias;      // [width]
+  float* out;             // [M, width]
+  int64_t rows, width;
+  float eps;
+  float reserved;
+};
+
+// activation(x + bias).
+struct BiasActivation {
+  const float* x;     // [M, width]
+  const float* bias;  // [width], or null
+  float* out;         // [M, width]; may be x
+  int64_t rows, width;
+  Activation activation;
+  int32_t reserved;
+};
+
 enum class Kind : int64_t {
   kLinear, kWidenRows, kGather, kRmsNorm, kRopeTable, kRope, kAttention, kGatedActivation, kAdd, kConvStep, kDeltaStep,
   kTiledAttention,
-  kConv, kDeltaChunk, kFloatProduct,
+  kConv, kDeltaChunk, kFloatProduct, kLayerNorm, kBiasActivation,
 };
 
 struct Op {
@@ -296,6 +319,8 @@ struct Kernels {
   void (*advance)(const DeltaStep& op, int64_t token, int64_t value_head);
   void (*convolve_rows)(const Conv& op, int64_t begin, int64_t end);  // tokens
   void (*advance_chunks)(const DeltaChunk& op, int64_t value_head);
+  void (*normalize_rows)(const LayerNorm& op, int64_t begin, int64_t end);
+  void (*bias_and_activate_rows)(const BiasActivation& op, int64_t begin, int64_t end);
 };
 
 namespace avx2 { extern const Kernels kernels; }

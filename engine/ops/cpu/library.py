@@ -39,6 +39,8 @@ KINDS = (
     "conv",
     "delta_chunk",
     "float_product",
+    "layer_norm",
+    "bias_activation",
 )
 """``Kind`` of kernels.h, in its order."""
 

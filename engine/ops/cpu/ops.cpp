@@ -245,6 +245,14 @@ void run(const Add& op, const Kernels& kernels) {
   over_rows(op.rows, op.width, [&](int64_t begin, int64_t end) { kernels.add_rows(op, begin, end); });
 }
 
+void run(const LayerNorm& op, const Kernels& kernels) {
+  over_rows(op.rows, op.width, [&](int64_t begin, int64_t end) { kernels.normalize_rows(op, begin, end); });
+}
+
+void run(const BiasActivation& op, const Kernels& kernels) {
+  over_rows(op.rows, 4 * op.width, [&](int64_t begin, int64_t end) { kernels.bias_and_activate_rows(op, begin, end); });
+}
+
 void run(const ConvStep& op, const Kernels& kernels) {
   constexpr int64_t kChannels = 1024;
   const int64_t parts = ceil_div(op.channels, kChannels);
@@ -308,6 +316,8 @@ Status run(const Op* ops, int64_t count, const Kernels& kernels) try {
       case Kind::kConv: run(*static_cast<const Conv*>(args), kernels); break;
       case Kind::kDeltaChunk: run(*static_cast<const DeltaChunk*>(args), kernels); break;
       case Kind::kFloatProduct: run(*static_cast<const FloatProduct*>(args), kernels); break;
+      case Kind::kLayerNorm: run(*static_cast<const LayerNorm*>(args), kernels); break;
+      case Kind::kBiasActivation: run(*static_cast<const BiasActivation*>(args), kernels); break;
     }
   }
   return Status::kDone;

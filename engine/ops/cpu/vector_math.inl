@@ -55,9 +55,21 @@ inline Vec tanh(Vec x) {
   return sub(set1(1.0f), div(set1(2.0f), add(set1(1.0f), exp(add(x, x)))));
 }
 
+// To 4e-7, and exactly -1 and 1 beyond 4 (NaN stays): x P(x^2) / Q(x^2), fitted to the least relative error on [-4, 4].
 inline Vec erf(Vec x) {
-  float buffer[kLanes];
-  store(buffer, x);
-  for (float& value : buffer) value = std::erf(value);
-  return load(buffer);
+  x = min(set1(4.0f), max(set1(-4.0f), x));
+  const Vec z = mul(x, x);
+  Vec p = set1(1.9869689822e-6f);
+  p = fma(p, z, set1(2.8454494895e-4f));
+  p = fma(p, z, set1(3.8823455107e-3f));
+  p = fma(p, z, set1(5.3098611534e-2f));
+  p = fma(p, z, set1(1.9352152944e-1f));
+  p = fma(p, z, set1(1.1283791065f));
+  Vec q = set1(3.7421046727e-5f);
+  q = fma(q, z, set1(1.1853332398e-3f));
+  q = fma(q, z, set1(1.5205229633e-2f));
+  q = fma(q, z, set1(1.1534025520e-1f));
+  q = fma(q, z, set1(5.0483655930e-1f));
+  q = fma(q, z, set1(1.0f));
+  return min(set1(1.0f), max(set1(-1.0f), div(mul(x, p), q)));
 }
