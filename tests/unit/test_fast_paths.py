@@ -41,6 +41,10 @@ FAST_PATHS: dict[str, tuple[str, str]] = {
         "engine.ops.delta_rule.recurrent_gated_delta_rule",
         f"{CPU_OPS}::test_delta_rule_of_a_sequence",
     ),
+    "cpu float_product": (
+        "torch.nn.functional.linear",
+        f"{CPU_KERNELS}::test_products_of_many_rows_are_those_of_the_stored_values_and_so_are_their_gradients",
+    ),
     "cpu layer_norm": ("torch.nn.functional.layer_norm", f"{CPU_OPS}::test_layer_norm"),
     "cpu bias_activation": ("engine.ops.elementwise.ACTIVATIONS", f"{CPU_OPS}::test_bias_and_activation"),
     # Whole steps of them.
