@@ -89,4 +89,6 @@ def implementations(device: torch.device) -> dict[str, str]:
         "gated_activation": kernels,
         "rope": kernels,
         "int8.linear": kernels,
+        "int4.linear": kernels,
+        "gguf.linear": kernels,
     }

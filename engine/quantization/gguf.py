@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from engine.errors import FormatError
 from engine.loading.gguf_blocks import BLOCK_TYPES, BlockType
 from engine.ops import cpu
+from engine.ops.backends import uses_triton_forward
 from engine.ops.quantized import WeightRows, quantized_linear, unpack_int4
 from engine.quantization.base import UNQUANTIZED, LinearScheme, SchemeMap, quant_methods
 
@@ -54,6 +55,12 @@ class GGUFBlocks(LinearScheme):
             module.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
 
     def apply(self, module: nn.Module, x: Tensor) -> Tensor:
+        values, scale, offset = self._stored(module)
+        if uses_triton_forward(x, scale):
+            from engine.ops.triton import grouped_rows
+
+            if grouped_rows.takes(x):
+                return grouped_rows.linear(x, values, scale, offset=offset, shift=self.block.zero_point)
         packed = self._packed(module)
         if packed is not None and cpu.takes_rounded(x):
             return packed.linear(x, rounds=True)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from engine.errors import FormatError
 from engine.ops import cpu
+from engine.ops.backends import uses_triton_forward
 from engine.ops.quantized import WeightRows, quantized_linear, unpack_int4
 from engine.quantization.base import LinearScheme
 from engine.quantization.int8 import check_shape
@@ -89,6 +90,12 @@ class Int4Grouped(LinearScheme):
         return cpu.packed(module, words, lambda: cpu.StoredWeight(words.view(torch.uint8), scale, zero))
 
     def apply(self, module: nn.Module, x: Tensor) -> Tensor:
+        values, scale, zero = self._stored(module)
+        if values.dtype == torch.int32 and uses_triton_forward(x, scale):
+            from engine.ops.triton import grouped_rows
+
+            if grouped_rows.takes(x):
+                return grouped_rows.linear(x, values.view(torch.uint8), scale, zero=zero, shift=8)
         if cpu.takes_rounded(x) and (packed := self._packed(module)) is not None:
             return packed.linear(x, rounds=True)
         if cpu.takes_rows(x, cpu.MAX_ROWS_OF_INTEGERS) and (packed := self._packed(module)) is not None:
@@ -104,7 +111,7 @@ class Int4Grouped(LinearScheme):
             flat = x.reshape(num_rows, x.shape[-1])
             y: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(flat, kernel, self.group_size, scale_and_zero)
             return y.view(*x.shape[:-1], y.shape[-1])
-        return quantized_linear(x, self.rows(module), module.get_parameter("weight_scale").shape[0])
+        return quantized_linear(x, self.rows(module), scale.shape[0])
 
     def dequantize(self, module: nn.Module, dtype: torch.dtype = torch.float32) -> Tensor:
         return self._widen(*self._stored(module), dtype)

@@ -98,6 +98,19 @@ def int8_rows() -> None:
         int8_rows.linear(narrow(rows, 1024), torch.zeros(3584, 1024, dtype=torch.int8), narrow(3584, 1))
 
 
+def grouped_rows() -> None:
+    from engine.ops.triton import grouped_rows
+
+    values, signed = torch.zeros(3584, 512, dtype=torch.uint8), torch.zeros(3584, 1024, dtype=torch.int8)
+    for rows in (1, 128):
+        x, scale = narrow(rows, 1024), narrow(3584, 8)
+        grouped_rows.linear(x, values, scale, zero=scale, shift=8)
+        half = torch.zeros(3584, 32, dtype=torch.float16)
+        grouped_rows.linear(x, values, half, offset=half)
+        grouped_rows.linear(x, signed, half)
+    grouped_rows.linear(x, signed, torch.zeros(3584, 64))
+
+
 CALLS: dict[str, tuple[Callable[[], None], int]] = {
     # By name: what calls the kernels, and how many it launches.
     "paged_attention, 0.8B hybrid": (lambda: paged_attention(1, 8, 2, 256, None, None), 3),
@@ -109,6 +122,7 @@ CALLS: dict[str, tuple[Callable[[], None], int]] = {
     "rope": (rope, 1),
     "lora_rows": (lora_rows, 4),
     "int8_rows": (int8_rows, 2),
+    "grouped_rows": (grouped_rows, 7),
 }
 
 
