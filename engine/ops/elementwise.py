@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engine.errors import FormatError
-from engine.ops import cpu
+from engine.ops import cpu, fused_gradients
 from engine.ops.backends import uses_triton_forward
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -46,6 +46,9 @@ def gated_activation(gate: Tensor, up: Tensor, name: str) -> Tensor:
 
         if name in kernels.ACTIVATIONS:
             return kernels.gated_activation(gate, up, name)
+    same = gate.shape == up.shape and gate.dtype == up.dtype
+    if same and name in fused_gradients.SLOPES and fused_gradients.takes(gate, up):
+        return fused_gradients.gated_activation(gate, up, name)
     if gate.shape == up.shape and name in cpu.ACTIVATIONS and cpu.takes(gate, up):
         return cpu.gated_activation(gate, up, name)
     return ACTIVATIONS[name](gate) * up

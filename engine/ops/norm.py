@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.ops import cpu
+from engine.ops import cpu, fused_gradients
 from engine.ops.backends import uses_triton_forward
 from engine.ops.root_norm import root_norm
 
@@ -22,6 +22,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, shifted: bool = False) ->
         from engine.ops.triton import rms_norm as kernels
 
         return kernels.rms_norm(x, weight, eps, shifted=shifted)
+    if fused_gradients.takes(x) and not weight.requires_grad:
+        return fused_gradients.rms_norm(x, weight, eps, shifted=shifted)
     if cpu.takes(x, weight):
         return cpu.rms_norm(x, weight, eps, shifted=shifted)
     wide = widen(x)
@@ -37,6 +39,8 @@ def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tenso
         from engine.ops.triton import rms_norm as kernels
 
         return kernels.rms_norm(x, weight, eps, gate=gate)
+    if fused_gradients.takes(x, gate) and gate.dtype != torch.float64 and not weight.requires_grad:
+        return fused_gradients.rms_norm(x, weight, eps, gate=gate)
     if cpu.takes(x, gate, weight):
         return cpu.rms_norm(x, weight, eps, shifted=False, gate=gate)
     wide = widen(x)

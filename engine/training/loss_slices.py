@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engine.jobs import Pause
-from engine.training.loss import LOGITS_CHUNK_BYTES, _nll_and_gradient
+from engine.ops.cross_entropy import nll_and_gradient
+from engine.training.loss import LOGITS_CHUNK_BYTES
 
 HEAD_PIECE_PRODUCTS = 1 << 28
 """Multiplications of one piece of the product with the head: some milliseconds of a core."""
@@ -110,7 +111,7 @@ def _chunk(
         yield Pause("softmax", at_once)
         if gradient:
             # In their place the gradient of the logits, softmax - one_hot(targets).
-            total += _nll_and_gradient(logits[piece], targets[piece], logits[piece])[0]
+            total += nll_and_gradient(logits[piece], targets[piece], logits[piece])[0]
         else:
             total += F.cross_entropy(logits[piece], targets[piece], reduction="sum")
     if not gradient:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engine.config import ModelConfig
-from engine.ops import quantized
+from engine.ops import fused_gradients, quantized
 from engine.ops.causal_conv import causal_conv
 from engine.ops.low_rank import add_low_rank
 from engine.ops.root_norm import root_norm
@@ -122,6 +122,34 @@ def root_norm_cases(config: ModelConfig) -> list[FunctionCase]:
     ]
 
 
+def fused_norm_cases(config: ModelConfig) -> list[FunctionCase]:
+    """Shifted, and with a gate."""
+    width, eps = config.hidden_size, config.norm_eps
+    weight = _random(width, seed=15)
+
+    def shifted(inputs: Mapping[str, Tensor]) -> Tensor:
+        return fused_gradients.rms_norm(inputs["x"], weight, eps, shifted=True)
+
+    def gated(inputs: Mapping[str, Tensor]) -> Tensor:
+        return fused_gradients.rms_norm(inputs["x"], weight, eps, gate=inputs["gate"])
+
+    x, gate = _random(3, width, seed=16), _random(3, width, seed=17)
+    return [FunctionCase("shifted", shifted, {"x": x}), FunctionCase("gated", gated, {"x": x, "gate": gate})]
+
+
+def gated_activation_cases(config: ModelConfig) -> list[FunctionCase]:
+    """Each derivative."""
+    gate, up = 2.0 * _random(3, 7, seed=18), _random(3, 7, seed=19)
+    cases = []
+    for name in ("silu", "sigmoid", "gelu_new"):
+
+        def function(inputs: Mapping[str, Tensor], name: str = name) -> Tensor:
+            return fused_gradients.gated_activation(inputs["gate"], inputs["up"], name)
+
+        cases.append(FunctionCase(name, function, {"gate": gate, "up": up}))
+    return cases
+
+
 def causal_conv_cases(config: ModelConfig) -> list[FunctionCase]:
     """Three packed sequences, with and without windows before them."""
     shape = config.linear_attention
@@ -160,6 +188,8 @@ def low_rank_cases(config: ModelConfig) -> list[FunctionCase]:
 
 FUNCTIONS: dict[str, Cases] = {
     "engine.ops.causal_conv._Taps": causal_conv_cases,
+    "engine.ops.fused_gradients._GatedActivation": gated_activation_cases,
+    "engine.ops.fused_gradients._RMSNorm": fused_norm_cases,
     "engine.ops.low_rank._AddLowRank": low_rank_cases,
     "engine.ops.quantized._QuantizedLinear": quantized_linear_cases,
     "engine.ops.root_norm._RootNorm": root_norm_cases,

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 import torch
 
 from engine.ops import backends
-from tests.gpu import attention, elementwise, graphs, interpreter, kernels, lora, models, quantized, sampling  # noqa: F401 - they register checks
+from tests.gpu import attention, elementwise, graphs, interpreter, kernels, lora, models, quantized, sampling, training  # noqa: F401 - they register checks
 from tests.gpu.checks import CHECKS, Skipped
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.gpu import attention, elementwise, graphs, kernels, lora, models, quantized, sampling  # noqa: F401 - they register checks
+from tests.gpu import attention, elementwise, graphs, kernels, lora, models, quantized, sampling, training  # noqa: F401 - they register checks
 from tests.gpu.checks import CHECKS, Skipped
 
 pytestmark = [

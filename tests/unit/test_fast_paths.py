@@ -22,10 +22,6 @@ TRITON = "tests/unit/test_triton_kernels.py"
 FAST_PATHS: dict[str, tuple[str, str]] = {
     # Operations of the library for CPUs (engine/ops/cpu/kernels.h).
     "cpu linear": ("torch.nn.functional.linear", f"{CPU_KERNELS}::test_products_are_those_of_the_stored_values"),
-    "cpu float_product": (
-        "torch.nn.functional.linear",
-        f"{CPU_KERNELS}::test_products_of_many_rows_are_those_of_the_stored_values_and_so_are_their_gradients",
-    ),
     "cpu widen_rows": (
         "engine.quantization.gguf.GGUFBlocks.dequantize",
         f"{CPU_KERNELS}::test_rows_are_the_stored_values_to_one_rounding",
@@ -96,6 +92,7 @@ FAST_PATHS: dict[str, tuple[str, str]] = {
     "triton int8_rows": ("engine.quantization.int8.Int8PerChannel.dequantize", TRITON),
     "triton grouped_rows": ("engine.quantization.gguf.GGUFBlocks.dequantize", TRITON),
     "triton lora_rows": ("engine.lora.slots.add_rows_reference", TRITON),
+    "triton softmax_gradient": ("engine.ops.cross_entropy.nll_and_gradient_reference", TRITON),
     "triton rms_norm": ("engine.ops.norm.rms_norm", TRITON),
 }
 

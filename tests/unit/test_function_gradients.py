@@ -16,6 +16,7 @@ import engine
 from engine.config import LinearAttentionConfig, ModelConfig
 from engine.ops import quantized
 from engine.ops.causal_conv import _Taps
+from engine.ops.fused_gradients import _GatedActivation, _RMSNorm
 from engine.ops.low_rank import _AddLowRank
 from engine.ops.root_norm import _RootNorm
 from engine.training import loss
@@ -138,6 +139,21 @@ def _low_rank_saved(**changes: Callable[[Tensor], Tensor]) -> Wrong:
     return wrong
 
 
+def _saved_as(change: Callable[..., tuple[Tensor | None, ...]]) -> Wrong:
+    """A backward that kept something else."""
+
+    def wrong(right: Any, args: Any) -> Any:
+        ctx = SimpleNamespace(**vars(args[0]), saved_tensors=change(*args[0].saved_tensors))
+        return right(ctx, args[1])
+
+    return wrong
+
+
+def _changed(change: Callable[[Tensor], Tensor]) -> Wrong:
+    """One whose first gradient is changed."""
+    return lambda right, args: (change((found := right(*args))[0]), *found[1:])
+
+
 def _with_taps(change: Callable[[Tensor], Tensor]) -> Wrong:
     def wrong(right: Any, args: Any) -> Any:
         (weight,) = args[0].saved_tensors
@@ -147,6 +163,24 @@ def _with_taps(change: Callable[[Tensor], Tensor]) -> Wrong:
 
 
 WRONG: dict[str, dict[str, Wrong]] = {
+    "engine.ops.fused_gradients._RMSNorm": {
+        "sign": _changed(lambda d: -d),
+        "one in a thousand": _changed(lambda d: 1.001 * d),
+        "rows shifted": _changed(lambda d: d.roll(1, 0)),
+        "weight forgotten": _saved_as(lambda x, gate, weight: (x, gate, torch.ones_like(weight))),
+        "x of other rows": _saved_as(lambda x, gate, weight: (x.roll(1, 0), gate, weight)),
+        "the norm taken as constant": lambda right, args: right(
+            SimpleNamespace(**vars(args[0]) | {"eps": 1e12}, saved_tensors=args[0].saved_tensors), args[1]
+        ),
+    },
+    "engine.ops.fused_gradients._GatedActivation": {
+        "sign": _changed(lambda d: -d),
+        "one in a thousand": _changed(lambda d: 1.001 * d),
+        "one for the other": lambda right, args: (*right(*args)[1::-1], None),
+        "gate and up exchanged": _saved_as(lambda gate, up: (up, gate)),
+        "columns shifted": _changed(lambda d: d.roll(1, 1)),
+        "incoming gradient forgotten": lambda right, args: right(args[0], torch.ones_like(args[1])),
+    },
     "engine.ops.causal_conv._Taps": {
         "sign": lambda right, args: (-right(*args)[0], None),
         "one in a thousand": lambda right, args: (1.001 * right(*args)[0], None),
@@ -206,6 +240,8 @@ WRONG: dict[str, dict[str, Wrong]] = {
 """For each Function, backwards that are wrong: each gets the right one and what that is called with."""
 
 PLACES: dict[str, tuple[object, str]] = {
+    "engine.ops.fused_gradients._GatedActivation": (_GatedActivation, "backward"),
+    "engine.ops.fused_gradients._RMSNorm": (_RMSNorm, "backward"),
     "engine.ops.causal_conv._Taps": (_Taps, "backward"),
     "engine.ops.low_rank._AddLowRank": (_AddLowRank, "backward"),
     "engine.ops.root_norm._RootNorm": (_RootNorm, "backward"),

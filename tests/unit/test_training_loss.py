@@ -13,7 +13,7 @@ from engine.training import loss as training_loss
 from engine.training.loss import _ChunkedCrossEntropy, chunked_cross_entropy
 
 VOCAB = 17
-right_gradient = training_loss._nll_and_gradient
+right_gradient = training_loss.nll_and_gradient
 
 
 def setup(dtype: torch.dtype = torch.float64, num: int = 11) -> tuple[Tensor, Tensor, Tensor]:
@@ -97,7 +97,7 @@ MUTATIONS = [
 
 @pytest.mark.parametrize("mutation", [function for _, function in MUTATIONS], ids=[name for name, _ in MUTATIONS])
 def test_gradcheck_catches_a_wrong_gradient_of_logits(monkeypatch: pytest.MonkeyPatch, mutation: Any) -> None:
-    monkeypatch.setattr(training_loss, "_nll_and_gradient", mutation)
+    monkeypatch.setattr(training_loss, "nll_and_gradient", mutation)
     with pytest.raises(RuntimeError, match="Jacobian mismatch"):
         test_gradcheck_with_a_soft_cap()
 

@@ -111,6 +111,23 @@ def grouped_rows() -> None:
     grouped_rows.linear(x, signed, torch.zeros(3584, 64))
 
 
+def backwards() -> None:
+    from engine.ops.triton import gated_activation, rms_norm
+
+    x = narrow(8, 1024)
+    rms_norm.rms_norm_backward(x, x[0], x, 1e-6, shifted=True)
+    rms_norm.rms_norm_backward(x.view(-1, 128), x[0, :128], x.view(-1, 128), 1e-6, gate=x.view(-1, 128))
+    for name in ("silu", "sigmoid", "gelu_new"):
+        gated_activation.gated_activation_backward(x, x, x, name)
+
+
+def softmax_gradient() -> None:
+    from engine.ops.triton import softmax_gradient
+
+    logits = torch.zeros(2, 248320)
+    softmax_gradient.nll_and_gradient(logits, index(2), logits)
+
+
 CALLS: dict[str, tuple[Callable[[], None], int]] = {
     # By name: what calls the kernels, and how many it launches.
     "paged_attention, 0.8B hybrid": (lambda: paged_attention(1, 8, 2, 256, None, None), 3),
@@ -123,6 +140,8 @@ CALLS: dict[str, tuple[Callable[[], None], int]] = {
     "lora_rows": (lora_rows, 4),
     "int8_rows": (int8_rows, 2),
     "grouped_rows": (grouped_rows, 7),
+    "backwards": (backwards, 5),
+    "softmax_gradient": (softmax_gradient, 1),
 }
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import REPOSITORY
-from tests.gpu import attention, elementwise, graphs, kernels, lora, models, quantized, sampling  # noqa: F401 - they register checks
+from tests.gpu import attention, elementwise, graphs, kernels, lora, models, quantized, sampling, training  # noqa: F401 - they register checks
 from tests.gpu.checks import CHECKS
 
 pytestmark = [
@@ -25,7 +25,7 @@ pytestmark = [
 # The package's kernels take minutes in the interpreter (test_flash_linear_attention). Of whole models, the one
 # that decodes through the kernels: most others would compare the CPU with itself. What graphs need of the engine, and
 # sampling, have tests that take less time (tests/engine/test_cuda_graphs.py, tests/unit/test_sampling_on_device.py).
-SHORT = ("kernels.", "attention.", "elementwise.", "lora.", "quantized.")
+SHORT = ("kernels.", "attention.", "elementwise.", "lora.", "quantized.", "training.")
 NAMES = [name for name in CHECKS if name.startswith(SHORT) and not name.endswith("by_fla")]
 NAMES.append("models.greedy_tokens")
 

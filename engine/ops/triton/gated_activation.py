@@ -47,6 +47,51 @@ def _gated_activation(
     tl.store(out_ptr + row * width + columns, (active * up).to(out_ptr.dtype.element_ty), mask=inside)
 
 
+@triton.jit
+def _gated_activation_backward(
+    gate_ptr,
+    up_ptr,
+    grad_ptr,
+    d_gate_ptr,
+    d_up_ptr,
+    width,
+    gate_inner,
+    gate_outer_stride,
+    gate_inner_stride,
+    up_inner,
+    up_outer_stride,
+    up_inner_stride,
+    grad_inner,
+    grad_outer_stride,
+    grad_inner_stride,
+    KIND: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """A program takes BLOCK columns of a row."""
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < width
+    from_gate = row // gate_inner * gate_outer_stride + row % gate_inner * gate_inner_stride
+    from_up = row // up_inner * up_outer_stride + row % up_inner * up_inner_stride
+    from_grad = row // grad_inner * grad_outer_stride + row % grad_inner * grad_inner_stride
+    gate = tl.load(gate_ptr + from_gate + columns, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(up_ptr + from_up + columns, mask=inside, other=0.0).to(tl.float32)
+    grad = tl.load(grad_ptr + from_grad + columns, mask=inside, other=0.0).to(tl.float32)
+    if KIND == 0:
+        s = tl.sigmoid(gate)
+        active, slope = gate * s, s * (1.0 + gate * (1.0 - s))
+    elif KIND == 1:
+        active = tl.sigmoid(gate)
+        slope = active * (1.0 - active)
+    else:
+        s = tl.sigmoid(1.5957691216057308 * (gate + 0.044715 * gate * gate * gate))
+        active = gate * s
+        slope = s + active * (1.0 - s) * 1.5957691216057308 * (1.0 + 0.134145 * gate * gate)
+    at = row * width + columns
+    tl.store(d_gate_ptr + at, (slope * up * grad).to(d_gate_ptr.dtype.element_ty), mask=inside)
+    tl.store(d_up_ptr + at, (active * grad).to(d_up_ptr.dtype.element_ty), mask=inside)
+
+
 def gated_activation(gate: Tensor, up: Tensor, name: str) -> Tensor:
     """As engine.ops.elementwise.gated_activation, for gate and up [..., D] of one shape and type."""
     width = gate.shape[-1]
@@ -68,3 +113,30 @@ def gated_activation(gate: Tensor, up: Tensor, name: str) -> Tensor:
         num_warps=4,
     )
     return out
+
+
+def gated_activation_backward(gate: Tensor, up: Tensor, grad: Tensor, name: str) -> tuple[Tensor, Tensor]:
+    """Gradients of gate and up, [..., D] in their types, for that of ``gated_activation``'s result."""
+    width = gate.shape[-1]
+    d_gate, d_up = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (gate, up))
+    if not d_gate.numel():
+        return d_gate, d_up
+    gate, *gate_rows = rows_of(gate)
+    up, *up_rows = rows_of(up)
+    grad, *grad_rows = rows_of(grad)
+    block = min(1024, triton.next_power_of_2(width))
+    _gated_activation_backward[(d_gate.numel() // width, triton.cdiv(width, block))](
+        gate,
+        up,
+        grad,
+        d_gate,
+        d_up,
+        width,
+        *gate_rows,
+        *up_rows,
+        *grad_rows,
+        KIND=ACTIVATIONS[name],
+        BLOCK=block,
+        num_warps=4,
+    )
+    return d_gate, d_up

@@ -52,6 +52,57 @@ def _rms_norm(
     tl.store(out_ptr + at, y.to(out_ptr.dtype.element_ty), mask=inside)
 
 
+@triton.jit
+def _rms_norm_backward(
+    x_ptr,
+    gate_ptr,
+    grad_ptr,
+    weight_ptr,
+    d_x_ptr,
+    d_gate_ptr,
+    num_rows,
+    width,
+    x_inner,
+    x_outer_stride,
+    x_inner_stride,
+    gate_inner,
+    gate_outer_stride,
+    gate_inner_stride,
+    grad_inner,
+    grad_outer_stride,
+    grad_inner_stride,
+    eps,
+    SHIFTED: tl.constexpr,
+    GATED: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """A program takes ROWS whole rows."""
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    columns = tl.arange(0, BLOCK)
+    inside = (rows < num_rows)[:, None] & (columns < width)[None, :]
+    at = rows[:, None] * width + columns[None, :]
+    from_x = rows // x_inner * x_outer_stride + rows % x_inner * x_inner_stride
+    from_grad = rows // grad_inner * grad_outer_stride + rows % grad_inner * grad_inner_stride
+    x = tl.load(x_ptr + from_x[:, None] + columns[None, :], mask=inside, other=0.0).to(tl.float32)
+    weighted = tl.load(grad_ptr + from_grad[:, None] + columns[None, :], mask=inside, other=0.0).to(tl.float32)
+    weight = tl.load(weight_ptr + columns, mask=columns < width, other=0.0).to(tl.float32)
+    if SHIFTED:
+        weight += 1.0
+    weighted *= weight[None, :]
+    inverse = (1.0 / tl.sqrt(tl.sum(x * x, axis=1) / width + eps))[:, None]
+    if GATED:
+        from_gate = rows // gate_inner * gate_outer_stride + rows % gate_inner * gate_inner_stride
+        gate = tl.load(gate_ptr + from_gate[:, None] + columns[None, :], mask=inside, other=0.0).to(tl.float32)
+        s = tl.sigmoid(gate)
+        d_gate = weighted * x * inverse * s * (1.0 + gate * (1.0 - s))
+        tl.store(d_gate_ptr + at, d_gate.to(d_gate_ptr.dtype.element_ty), mask=inside)
+        weighted *= gate * s
+    along = (tl.sum(weighted * x, axis=1) / width)[:, None]
+    d_x = inverse * (weighted - x * inverse * inverse * along)
+    tl.store(d_x_ptr + at, d_x.to(d_x_ptr.dtype.element_ty), mask=inside)
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float, *, shifted: bool = False, gate: Tensor | None = None) -> Tensor:
     """x [..., D], gate alike: in the type of gate, or of x without one."""
     like = x if gate is None else gate
@@ -81,3 +132,40 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, shifted: bool = False, ga
         num_warps=min(16, max(4, block // 512)),
     )
     return out
+
+
+def rms_norm_backward(
+    x: Tensor, weight: Tensor, grad: Tensor, eps: float, *, shifted: bool = False, gate: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Gradients of x and gate, in their types, for that of ``rms_norm``'s result, [..., D]."""
+    d_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    d_gate = None if gate is None else torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+    width = x.shape[-1]
+    num_rows = x.numel() // width
+    if num_rows == 0:
+        return d_x, d_gate
+    x, *x_rows = rows_of(x)
+    gate_or_x, *gate_rows = (x, *x_rows) if gate is None else rows_of(gate)
+    grad, *grad_rows = rows_of(grad)
+    block = triton.next_power_of_2(width)
+    rows = max(1, min(BLOCK_ELEMENTS // block, triton.next_power_of_2(num_rows)))
+    _rms_norm_backward[(triton.cdiv(num_rows, rows),)](
+        x,
+        gate_or_x,
+        grad,
+        weight,
+        d_x,
+        d_x if d_gate is None else d_gate,
+        num_rows,
+        width,
+        *x_rows,
+        *gate_rows,
+        *grad_rows,
+        eps,
+        SHIFTED=shifted,
+        GATED=gate is not None,
+        ROWS=rows,
+        BLOCK=block,
+        num_warps=min(16, max(4, block // 512)),
+    )
+    return d_x, d_gate
