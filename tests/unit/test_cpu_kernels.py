@@ -150,6 +150,18 @@ def test_extreme_integers_do_not_saturate(level: None) -> None:
             torch.testing.assert_close(PackedWeight(weight, 64).linear(signs, rounds=True).double(), wanted)
 
 
+def test_extreme_values_of_4_bits_do_not_saturate(level: None) -> None:
+    """Whole blocks of groups and what is left of them, at 15 x 127 for each value."""
+    inputs = 18 * GROUP
+    for bits in (0xFF, 0x0F, 0xF0):
+        data = torch.full((5, inputs // 2), bits, dtype=torch.uint8)
+        weight = StoredWeight(data, torch.ones(5, inputs // GROUP, dtype=torch.float16), shift=0)
+        values = torch.stack([data & 15, data >> 4], dim=-1).view(5, inputs).double()
+        for x in (torch.ones(1, inputs), -torch.ones(1, inputs)):
+            result = PackedWeight(weight, inputs).linear(x, rounds=True)
+            torch.testing.assert_close(result.double(), x.double() @ values.T)
+
+
 def test_a_rounded_row_that_is_not_finite_gives_nan(level: None) -> None:
     weight, _ = stored("int8", 5, 64)
     for bad in (torch.nan, torch.inf, -torch.inf):

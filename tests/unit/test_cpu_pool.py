@@ -42,7 +42,7 @@ void body(void* context, int64_t index) {
 
 int main() {
   constexpr int kCalls = 200000;
-  whet::set_num_threads(2);
+  whet::set_num_threads(3);
   std::vector<std::atomic<int>> runs(32);
   unsigned state = 1;
   long wrong = 0;
@@ -50,7 +50,7 @@ int main() {
     state = state * 1664525u + 1013904223u;
     Job job{&runs, 2 + (state >> 16) % 4};
     for (auto& count : runs) count.store(0);
-    whet::parallel_for(body, &job, job.total);
+    whet::parallel_for(body, &job, job.total, (state >> 12) % 2 == 0);
     for (int i = 0; i < job.total; ++i) wrong += runs[i].load() != 1;
   }
   std::printf("%ld", wrong);
@@ -59,7 +59,7 @@ int main() {
 
 
 def test_each_piece_has_run_once_when_the_call_returns(tmp_path: Path) -> None:
-    """Jobs of changing size, one right after the other, with a thread that is late from the job before."""
+    """Jobs of changing size and kind, one right after the other, with threads that are late from the job before."""
     compiler = shutil.which("g++") or shutil.which("c++")
     if compiler is None:
         pytest.skip("there is no C++ compiler")

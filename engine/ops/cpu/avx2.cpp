@@ -74,19 +74,36 @@ inline void sum_of_four(const Vec* of, float* out) {
 using Bytes = __m256i;
 constexpr int kBytes = 32;
 inline Bytes load_bytes(const char* from) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)); }
-// 16 bytes to the 32 values of their halves, the lower ones first.
-inline Bytes unpack_nibbles(const char* from) {
-  const __m256i both = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
-  return _mm256_and_si256(_mm256_srlv_epi32(both, _mm256_setr_epi32(0, 0, 0, 0, 4, 4, 4, 4)), _mm256_set1_epi8(15));
+// Weights of 4 bits from 0 to 15 times x in [-127, 127]; x + kBytes holds what the upper halves are multiplied by. Sums of
+// four products each, in 16 bits: eight of a group, which sixteen bytes hold.
+inline Bytes multiply_nibbles(Bytes w, const int8_t* x) {
+  const Bytes mask = _mm256_set1_epi8(15);
+  const Bytes low = _mm256_and_si256(w, mask), high = _mm256_and_si256(_mm256_srli_epi16(w, 4), mask);
+  const auto* partners = reinterpret_cast<const Bytes*>(x);
+  return _mm256_add_epi16(_mm256_maddubs_epi16(low, _mm256_loadu_si256(partners)),
+                          _mm256_maddubs_epi16(high, _mm256_loadu_si256(partners + 1)));
 }
-// A vector holds one group, so there are no halves.
-inline Bytes load_half_bytes(const char* from) { return load_bytes(from); }
-inline Bytes unpack_half_nibbles(const char* from) { return unpack_nibbles(from); }
-// Sums of four products each: unsigned w up to 15, x in [-127, 127].
-inline Vec dot_unsigned(Bytes w, Bytes x) {
-  return _mm256_cvtepi32_ps(_mm256_madd_epi16(_mm256_maddubs_epi16(w, x), _mm256_set1_epi16(1)));
+// The sums of each of eight groups, in order: of four vectors as multiply_nibbles gives them. 32 products of 15 * 127 at
+// most, halved once more, fit in 16 bits.
+inline Bytes halve(Bytes a, Bytes b) {
+  return _mm256_add_epi16(_mm256_unpacklo_epi16(a, b), _mm256_unpackhi_epi16(a, b));
 }
-// Signed w: 2 * 128 * 127 fits in 16 bits.
+inline Vec sums_of_groups(const Bytes* of) {
+  const Bytes first = halve(of[0], of[1]), second = halve(of[2], of[3]);
+  const Bytes quarters = _mm256_add_epi16(_mm256_unpacklo_epi32(first, second), _mm256_unpackhi_epi32(first, second));
+  const Bytes together = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15));
+  const Bytes sums = _mm256_madd_epi16(_mm256_shuffle_epi8(quarters, together), _mm256_set1_epi16(1));
+  return _mm256_cvtepi32_ps(_mm256_permutevar8x32_epi32(sums, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7)));
+}
+// Of one such vector: four sums for each group. And the factors [first, first + 2), four of each.
+inline Vec sums_of_four(Bytes products) {
+  return _mm256_cvtepi32_ps(_mm256_madd_epi16(products, _mm256_set1_epi16(1)));
+}
+inline Vec factors_of_nibbles(Vec factors, int64_t first) {
+  const __m256i lanes = _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1);
+  return _mm256_permutevar8x32_ps(factors, _mm256_add_epi32(lanes, _mm256_set1_epi32(static_cast<int>(first))));
+}
+// Sums of four products each, of signed w and x in [-127, 127]: 2 * 128 * 127 fits in 16 bits.
 inline Vec dot_signed(Bytes w, Bytes x) {
   return _mm256_cvtepi32_ps(
       _mm256_madd_epi16(_mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w)), _mm256_set1_epi16(1)));
@@ -104,6 +121,7 @@ inline Vec load_half(const uint16_t* from) {
 #include "vector_math.inl"
 #include "rows.inl"
 #include "panels.inl"
+#include "bytes_256.inl"
 #include "rounded.inl"
 #include "elementwise.inl"
 #include "encoder.inl"

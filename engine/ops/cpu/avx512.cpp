@@ -19,11 +19,7 @@ namespace {
 
 #include "vectors_512.inl"
 
-// Sums of four products each: unsigned w up to 15, x in [-127, 127].
-inline Vec dot_unsigned(Bytes w, Bytes x) {
-  return _mm512_cvtepi32_ps(_mm512_madd_epi16(_mm512_maddubs_epi16(w, x), _mm512_set1_epi16(1)));
-}
-// Signed w: 2 * 128 * 127 fits in 16 bits.
+// Sums of four products each, of signed w and x in [-127, 127]: 2 * 128 * 127 fits in 16 bits.
 inline Vec dot_signed(Bytes w, Bytes x) {
   const Bytes signed_x = _mm512_mask_sub_epi8(x, _mm512_movepi8_mask(w), _mm512_setzero_si512(), x);
   return _mm512_cvtepi32_ps(_mm512_madd_epi16(_mm512_maddubs_epi16(_mm512_abs_epi8(w), signed_x), _mm512_set1_epi16(1)));
@@ -32,6 +28,7 @@ inline Vec dot_signed(Bytes w, Bytes x) {
 #include "vector_math.inl"
 #include "rows.inl"
 #include "panels.inl"
+#include "bytes_256.inl"
 #include "rounded.inl"
 #include "elementwise.inl"
 #include "encoder.inl"

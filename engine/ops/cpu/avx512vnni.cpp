@@ -19,17 +19,16 @@ namespace {
 
 #include "vectors_512.inl"
 
-// Sums of four products each: unsigned w, signed x.
-inline Vec dot_unsigned(Bytes w, Bytes x) {
-  return _mm512_cvtepi32_ps(_mm512_dpbusd_epi32(_mm512_setzero_si512(), w, x));
-}
+// Sums of four products each: signed w and x.
 inline Vec dot_signed(Bytes w, Bytes x) {
-  return dot_unsigned(_mm512_abs_epi8(w), _mm512_mask_sub_epi8(x, _mm512_movepi8_mask(w), _mm512_setzero_si512(), x));
+  const Bytes signed_x = _mm512_mask_sub_epi8(x, _mm512_movepi8_mask(w), _mm512_setzero_si512(), x);
+  return _mm512_cvtepi32_ps(_mm512_dpbusd_epi32(_mm512_setzero_si512(), _mm512_abs_epi8(w), signed_x));
 }
 
 #include "vector_math.inl"
 #include "rows.inl"
 #include "panels.inl"
+#include "bytes_256.inl"
 #include "rounded.inl"
 #include "elementwise.inl"
 #include "encoder.inl"

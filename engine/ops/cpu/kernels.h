@@ -73,8 +73,8 @@ struct PackedRows {
 // A row of x in int8, each group of kRounded values with a scale.
 constexpr int64_t kRounded = 32;
 struct Rounded {
-  const int8_t* values;  // [K]
-  const float* scales;   // [K / kRounded], and some zeros, so that whole vectors may be read
+  const int8_t* values;  // [K], in an order that the kernels choose; after all of these, zeros: whole vectors are read
+  const float* scales;   // [K / kRounded]
   const float* sums;     // as many: the sum of a group's values times its scale
 };
 
@@ -340,9 +340,10 @@ Status run(const Op* ops, int64_t count, const Kernels& kernels);
 void run(const Conv& op, const Kernels& kernels);
 void run(const DeltaChunk& op, const Kernels& kernels);
 
-// Work shared by the calling thread and the pool's. `body(context, index)` runs once for each index in [0, count).
+// Work shared by the calling thread and the pool's. `body(context, index)` runs once for each index in [0, count). With
+// `in_order`, a thread runs indices that follow each other, as far as they are there.
 using Body = void (*)(void* context, int64_t index);
-void parallel_for(Body body, void* context, int64_t count);
+void parallel_for(Body body, void* context, int64_t count, bool in_order = false);
 void set_num_threads(int count);
 
 }  // namespace whet

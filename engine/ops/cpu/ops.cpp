@@ -10,8 +10,10 @@
 namespace whet {
 namespace {
 
-// Bytes of W that one piece of a product covers: some microseconds.
-constexpr int64_t kPieceBytes = 1 << 16;
+// Bytes of W that one piece of a product covers: about a microsecond.
+constexpr int64_t kPieceBytes = 1 << 14;
+// Rows that kernels take together: a piece has whole ones, so that what a row gives does not depend on the piece.
+constexpr int64_t kStripRows = 4;
 // Numbers that one piece of a cheap operation covers; less is not worth a second thread.
 constexpr int64_t kPieceNumbers = 1 << 14;
 // Rows of queries that are taken together.
@@ -25,11 +27,11 @@ constexpr int64_t kBlockSums = 4096;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Runs body(index) for each index in [0, count) on the pool.
+// Runs body(index) for each index in [0, count) on the pool; `in_order` as parallel_for has it.
 template <typename F>
-void in_parallel(int64_t count, F body) {
+void in_parallel(int64_t count, F body, bool in_order = false) {
   if (count == 1) return body(0);
-  parallel_for([](void* context, int64_t index) { (*static_cast<F*>(context))(index); }, &body, count);
+  parallel_for([](void* context, int64_t index) { (*static_cast<F*>(context))(index); }, &body, count, in_order);
 }
 
 // Runs body(begin, end) over [0, rows), in pieces that cost about kPieceNumbers.
@@ -56,7 +58,7 @@ Rounded round_row(const Linear& op, bool split, const Kernels& kernels) {
   thread_local std::vector<int8_t> values[2];
   thread_local std::vector<float> numbers[2];
   const int64_t count = ceil_div(op.inputs / kRounded, 64) * 64;
-  values[split].resize(op.inputs);
+  values[split].assign(count * kRounded, 0);
   numbers[split].assign(2 * count, 0.0f);
   float *const scales = numbers[split].data(), *const sums = scales + count;
   kernels.round_row(op.x, op.inputs, split, values[split].data(), scales, sums);
@@ -68,7 +70,7 @@ void run(const Op* ops, int64_t count, const Kernels& kernels, const Linear& fir
   int64_t bytes = 1, pieces = 0;
   const auto linear = [&](int64_t i) -> const Linear& { return *static_cast<const Linear*>(ops[i].args); };
   for (int64_t i = 0; i < count; ++i) bytes = std::max(bytes, row_bytes(*linear(i).weight, first.inputs));
-  const int64_t step = std::max<int64_t>(1, kPieceBytes / bytes);
+  const int64_t step = std::max<int64_t>(1, kPieceBytes / bytes / kStripRows) * kStripRows;
   Rounded rounded[2];
   for (const bool split : {false, true}) {
     const auto wants = [&](int64_t i) {
@@ -92,7 +94,7 @@ void run(const Op* ops, int64_t count, const Kernels& kernels, const Linear& fir
       return;
     }
     kernels.multiply_rows(*op.weight, op.inputs, begin, end, op.x, op.inputs, op.rows, op.y, outputs);
-  });
+  }, true);
 }
 
 void run(const FloatProduct& op, const Kernels& kernels) {

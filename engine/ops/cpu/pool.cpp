@@ -2,7 +2,9 @@
 //
 // A decoded token takes hundreds of such loops, one after the other. So a thread that has run out of work looks for
 // more for a little while before it sleeps, and the caller never waits for a thread that has not woken: it takes the
-// pieces itself.
+// pieces itself. Where the pieces of a loop lie in memory one after the other, each thread begins at a place of its own
+// and goes on from there, as prefetchers expect, and helps the others when it has come to its end.
+#include <algorithm>
 #include <atomic>
 #include <condition_variable>
 #include <mutex>
@@ -43,71 +45,95 @@ class Pool {
     stop();
     count_ = count;
     stopping_.store(false);
-    for (int i = 1; i < count_; ++i) threads_.emplace_back([this] { work(); });
+    for (int i = 1; i < count_; ++i) threads_.emplace_back([this, i] { work(i); });
   }
 
-  void run(Body body, void* context, int64_t total) {
+  void run(Body body, void* context, int64_t total, bool in_order) {
     const std::lock_guard<std::mutex> call(call_);
     if (threads_.empty() || total <= 1) {
       for (int64_t i = 0; i < total; ++i) body(context, i);
       return;
     }
-    const uint64_t last = ticket_.load(std::memory_order_relaxed) >> 32, job = last + 1;
     // Closed while the fields change: a thread that is late from the job before holds a ticket that is no longer the
     // present one, or finds a job that has no piece left.
-    ticket_.store(last << 32 | 0xffffffffu, std::memory_order_seq_cst);
+    const uint64_t job = (job_ + 1) & 0xffffffffu;
+    for (int64_t i = 0; i < ranges_.load(std::memory_order_relaxed); ++i)
+      tickets_[i].value.store(job_ << 32 | 0xffffffffu, std::memory_order_seq_cst);
+    const int64_t ranges = in_order ? std::min<int64_t>({count_, kMaxRanges, total}) : 1;
     body_.store(body, std::memory_order_relaxed);
     context_.store(context, std::memory_order_relaxed);
     total_.store(total, std::memory_order_relaxed);
+    ranges_.store(ranges, std::memory_order_relaxed);
     done_.store(0, std::memory_order_relaxed);
+    job_ = job;
     WHET_DELAY();
-    ticket_.store(job << 32, std::memory_order_seq_cst);
+    // The first one last: it is where the others look for a job.
+    for (int64_t i = ranges - 1; i >= 0; --i)
+      tickets_[i].value.store(job << 32 | static_cast<uint64_t>(i * total / ranges), std::memory_order_seq_cst);
     if (sleepers_.load(std::memory_order_seq_cst) > 0) {
       const std::lock_guard<std::mutex> lock(sleep_);
       wake_.notify_all();
     }
-    take_pieces(job);
+    take_pieces(job, 0);
     while (done_.load(std::memory_order_acquire) < total) WHET_PAUSE();
   }
 
  private:
-  // Runs pieces of a job until none is left. A piece is taken by advancing the ticket, which holds the job's number
-  // above the next piece's: who comes from an older job cannot take any.
-  void take_pieces(uint64_t job) {
-    uint64_t ticket = ticket_.load(std::memory_order_acquire);
+  // Some pieces that follow each other, as the number of the job above that of the next piece: who comes from an older
+  // job cannot take any.
+  struct alignas(64) Ticket {
+    std::atomic<uint64_t> value{0};
+  };
+  // With more threads than this, some share one: opening each costs the caller something.
+  static constexpr int64_t kMaxRanges = 8;
+
+  // Runs pieces of a job until none is left, from the range of this thread on.
+  void take_pieces(uint64_t job, int thread) {
+    const int64_t ranges = ranges_.load(std::memory_order_relaxed);  // of this job, or there is nothing to take
+    int64_t ran = 0;
+    for (int64_t i = 0; i < ranges; ++i) ran += take_range(job, (thread + i) % ranges);
+    if (ran > 0) done_.fetch_add(ran, std::memory_order_release);
+  }
+
+  int64_t take_range(uint64_t job, int64_t range) {
+    std::atomic<uint64_t>& from = tickets_[range].value;
+    int64_t ran = 0;
+    uint64_t ticket = from.load(std::memory_order_acquire);
     for (;;) {
-      if (ticket >> 32 != job) return;
+      if (ticket >> 32 != job) return ran;
       WHET_DELAY();
       const auto index = static_cast<int64_t>(ticket & 0xffffffffu);
-      const int64_t total = total_.load(std::memory_order_relaxed);
+      const int64_t end = (range + 1) * total_.load(std::memory_order_relaxed) / ranges_.load(std::memory_order_relaxed);
       const Body body = body_.load(std::memory_order_relaxed);
       void* const context = context_.load(std::memory_order_relaxed);
-      if (index >= total) return;
-      if (!ticket_.compare_exchange_weak(ticket, ticket + 1, std::memory_order_acq_rel)) continue;
+      if (index >= end) return ran;
+      if (!from.compare_exchange_weak(ticket, ticket + 1, std::memory_order_acq_rel)) continue;
       body(context, index);
-      done_.fetch_add(1, std::memory_order_release);
-      ticket = ticket_.load(std::memory_order_acquire);
+      ++ran;
+      ticket = from.load(std::memory_order_acquire);
     }
   }
 
-  void work() {
-    uint64_t seen = ticket_.load(std::memory_order_acquire) >> 32;
+  uint64_t present_job() const { return tickets_[0].value.load(std::memory_order_seq_cst) >> 32; }
+
+  void work(int thread) {
+    uint64_t seen = present_job();
     for (;;) {
       int spins = 0;
       uint64_t job;
-      while ((job = ticket_.load(std::memory_order_acquire) >> 32) == seen && !stopping_.load()) {
+      while ((job = present_job()) == seen && !stopping_.load()) {
         if (++spins < kSpins) {
           WHET_PAUSE();
           continue;
         }
         std::unique_lock<std::mutex> lock(sleep_);
         sleepers_.fetch_add(1, std::memory_order_seq_cst);
-        wake_.wait(lock, [&] { return ticket_.load(std::memory_order_seq_cst) >> 32 != seen || stopping_.load(); });
+        wake_.wait(lock, [&] { return present_job() != seen || stopping_.load(); });
         sleepers_.fetch_sub(1, std::memory_order_seq_cst);
       }
       if (stopping_.load()) return;
       seen = job;
-      take_pieces(job);
+      take_pieces(job, thread);
     }
   }
 
@@ -127,15 +153,19 @@ class Pool {
   int count_ = 1;
   std::atomic<bool> stopping_{false};
   std::atomic<int> sleepers_{0};
-  std::atomic<uint64_t> ticket_{0};
-  std::atomic<int64_t> total_{0}, done_{0};
+  uint64_t job_ = 0;  // the caller's
+  Ticket tickets_[kMaxRanges];
+  std::atomic<int64_t> total_{0}, ranges_{1};
+  alignas(64) std::atomic<int64_t> done_{0};
   std::atomic<Body> body_{nullptr};
   std::atomic<void*> context_{nullptr};
 };
 
 }  // namespace
 
-void parallel_for(Body body, void* context, int64_t count) { Pool::instance().run(body, context, count); }
+void parallel_for(Body body, void* context, int64_t count, bool in_order) {
+  Pool::instance().run(body, context, count, in_order);
+}
 void set_num_threads(int count) { Pool::instance().resize(count); }
 
 }  // namespace whet

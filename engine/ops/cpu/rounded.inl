@@ -5,65 +5,47 @@
 // u * scale + offset, the zero point and the shift being in the offset. The sums of integers are exact; lanes add up
 // floats, so the result is that of gemm.h but for the order in which they are rounded.
 
-// One row of x. With `split`, the values of a group with even indices come first, as the lower halves of bytes have them.
+// Where value i of a group lies in vectors of nibbles' partners: those with even indices of some groups fill one vector,
+// those with odd indices the next, as the lower and the upper halves of bytes come apart.
+constexpr int64_t kNibbleGroups = kBytes / (kRounded / 2);
+inline int8_t* split_place(int8_t* values, int64_t group) {
+  return values + group / kNibbleGroups * 2 * kBytes + group % kNibbleGroups * (kRounded / 2);
+}
+
+// One row of x. With `split`, in the order that nibbles want.
 void round_row(const float* x, int64_t inputs, bool split, int8_t* values, float* scales, float* sums) {
-  for (int64_t group = 0; group < inputs / kRounded; ++group, x += kRounded, values += kRounded) {
-    Vec peaks = zero();
-    float check = 0.0f;
+  for (int64_t group = 0; group < inputs / kRounded; ++group, x += kRounded) {
+    int8_t* const first = split ? split_place(values, group) : values + group * kRounded;
+    int8_t* const second = split ? first + kBytes : first + kRounded / 2;
+    Vec peaks = zero(), checks = zero();
     for (int64_t i = 0; i < kRounded; i += kLanes) {
       const Vec v = load(x + i);
       peaks = max(peaks, max(v, sub(zero(), v)));
-      check += sum(mul(v, zero()));  // NaN if any value is not finite
+      checks = fma(v, zero(), checks);  // NaN if any value is not finite
     }
     float lanes[kLanes], peak = 0.0f;
     store(lanes, peaks);
     for (float lane : lanes) peak = std::max(peak, lane);
-    if (!(check == 0.0f)) {  // NaN
-      std::memset(values, 0, kRounded);
+    if (const float check = sum(checks); !(check == 0.0f)) {  // NaN
+      std::memset(first, 0, kRounded / 2);
+      std::memset(second, 0, kRounded / 2);
       scales[group] = sums[group] = check;
       continue;
     }
     if (peak < 1e-30f) peak = 0.0f;  // 127 / peak would not be safely finite
     const Vec inverse = set1(peak == 0.0f ? 0.0f : 127.0f / peak);
-    float rounded[kRounded];
-    for (int64_t i = 0; i < kRounded; i += kLanes) store(rounded + i, round(mul(load(x + i), inverse)));
-    int32_t total = 0;
-    for (int64_t i = 0; i < kRounded; ++i) {
-      const auto value = static_cast<int32_t>(rounded[i]);
-      total += value;
-      values[split ? i / 2 + i % 2 * (kRounded / 2) : i] = static_cast<int8_t>(value);
+    alignas(64) float rounded[kRounded];
+    Vec total = zero();  // of integers: exact
+    for (int64_t i = 0; i < kRounded; i += kLanes) {
+      const Vec v = round(mul(load(x + i), inverse));
+      total = add(total, v);
+      store(rounded + i, v);
     }
+    store_bytes(rounded, split, first, second);
     scales[group] = peak / 127.0f;
-    sums[group] = scales[group] * static_cast<float>(total);
+    sums[group] = scales[group] * sum(total);
   }
 }
-
-// Weights of kBytes values at a time, as a dot product with int8 takes them.
-struct Nibbles {
-  static constexpr bool kSigned = false;
-  static constexpr int64_t kGroupBytes = kRounded / 2;
-  template <bool kHalf>
-  static Bytes read(const char* row, int64_t at) {
-    return kHalf ? unpack_half_nibbles(row + at / 2) : unpack_nibbles(row + at / 2);
-  }
-  static const char* row(const Weight& w, int64_t n, int64_t inputs) {
-    return static_cast<const char*>(w.data) + n * (inputs / 2);
-  }
-};
-struct SignedBytes {
-  static constexpr bool kSigned = true;
-  static constexpr int64_t kGroupBytes = kRounded;
-  template <bool kHalf>
-  static Bytes read(const char* row, int64_t at) {
-    return kHalf ? load_half_bytes(row + at) : load_bytes(row + at);
-  }
-  static const char* row(const Weight& w, int64_t n, int64_t inputs) {
-    return static_cast<const char*>(w.data) + n * inputs;
-  }
-};
-
-constexpr int kVecGroups = kBytes / kRounded;
-constexpr int kBlockGroups = 64;  // groups whose scales are read together
 
 // The scales (or zeros, or offsets) of our groups [at, at + kLanes) of row n, of which `count` exist; 0 for the others.
 // A weight's group may hold several of ours.
@@ -91,86 +73,133 @@ inline Vec read_grouped(const Weight& w, const void* from, int64_t n, int64_t gr
   return load(lanes);
 }
 
-// Groups from `group` on, as many as a vector of bytes has, or half of them. The sums must stay in registers: only code
-// that is unrolled may touch them.
-template <typename Values, bool kHalf, int kWeights>
-inline void add_groups(const char* const* rows, const int8_t* x, int64_t group, const float (*factors)[kBlockGroups],
-                       int64_t in_block, Vec (&sums)[kWeights]) {
-  const Bytes values = SignedBytes::read<kHalf>(reinterpret_cast<const char*>(x), group * kRounded);
-#pragma GCC unroll 4
-  for (int r = 0; r < kWeights; ++r) {
-    const Bytes w = Values::template read<kHalf>(rows[r], group * kRounded);
-    const Vec products = Values::kSigned ? dot_signed(w, values) : dot_unsigned(w, values);
-    sums[r] = fma(products, group_factors(factors[r] + in_block), sums[r]);
-  }
+// What lies past a row's end meets zeros of x: it only has to be there.
+template <bool kPlain>
+inline Bytes load_before(const char* from, const char* end) {
+  if (kPlain || from + kBytes <= end) return load_bytes(from);
+  alignas(64) char buffer[kBytes] = {};
+  std::memcpy(buffer, from, end - from);
+  return load_bytes(buffer);
 }
 
-// Whether kWeights rows from n on have a half-precision scale for each of our groups, as GGUF files do, and what a vector
-// reads beyond them is there: then reading takes no division and no choice.
-inline bool is_plain(const Weight& w, int64_t groups, int64_t n, int64_t count) {
-  const int64_t beyond = (groups + kLanes - 1) / kLanes * kLanes - groups;
+// How the values of a group lie in memory; the products of kLanes groups, or of the `count` that are left, each times its
+// factor. What is added to stays in registers: only code without choices touches it.
+struct Nibbles {
+  static constexpr bool kShifted = true;
+  static constexpr int64_t kGroupBytes = kRounded / 2;
+  static inline void add_block(const char* row, const int8_t* x, Vec factors, Vec& even, Vec&) {
+    Bytes products[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) products[i] = multiply_nibbles(load_bytes(row + i * kBytes), x + 2 * i * kBytes);
+    even = fma(sums_of_groups(products), factors, even);
+  }
+  template <bool kPlain>
+  static inline Vec rest(const char* row, const int8_t* x, int64_t count, Vec factors, const char* end) {
+    Vec total = zero();
+    for (int64_t i = 0; i < count; i += kNibbleGroups) {
+      const Bytes products = multiply_nibbles(load_before<kPlain>(row + i * kGroupBytes, end), x + i * kRounded);
+      total = fma(sums_of_four(products), factors_of_nibbles(factors, i), total);
+    }
+    return total;
+  }
+};
+struct SignedBytes {
+  static constexpr bool kShifted = false;
+  static constexpr int64_t kGroupBytes = kRounded;
+  static constexpr int64_t kGroups = kBytes / kRounded;
+  static inline Vec dot(Bytes w, const int8_t* x) { return dot_signed(w, load_bytes(reinterpret_cast<const char*>(x))); }
+  static inline void add_block(const char* row, const int8_t* x, Vec factors, Vec& even, Vec& odd) {
+    alignas(64) float numbers[kLanes];
+    store(numbers, factors);
+    const float* each = numbers;
+    asm("" : "+r"(each));  // one register: GCC would keep the address of each factor in one of its own, and lack some
+#pragma GCC unroll 4
+    for (int64_t i = 0; i < kLanes; i += 2 * kGroups) {
+      const int64_t j = i + kGroups;
+      even = fma(dot(load_bytes(row + i * kRounded), x + i * kRounded), group_factors(each + i), even);
+      odd = fma(dot(load_bytes(row + j * kRounded), x + j * kRounded), group_factors(each + j), odd);
+    }
+  }
+  template <bool kPlain>
+  static inline Vec rest(const char* row, const int8_t* x, int64_t count, Vec factors, const char* end) {
+    alignas(64) float each[kLanes];
+    store(each, factors);
+    Vec total = zero();
+    for (int64_t i = 0; i < count; i += kGroups)
+      total = fma(dot(load_before<kPlain>(row + i * kRounded, end), x + i * kRounded), group_factors(each + i), total);
+    return total;
+  }
+};
+
+// Whether rows up to `end` have a half-precision scale for each of our groups, as GGUF files do, and what a vector reads
+// beyond them is there: then reading takes no division and no choice.
+inline bool is_plain(const Weight& w, int64_t groups, int64_t end) {
+  const int64_t beyond = (groups + kLanes - 1) / kLanes * kLanes - groups;  // of values, no vector reads as many
   return w.half_scales != 0 && w.zeros == nullptr && w.group_size == kRounded &&
-         (n + count) * groups + beyond <= w.rows * groups;
+         end * groups + beyond <= w.rows * groups;
 }
 
-// kWeights rows of W, from n on. kPlain: is_plain says so.
-template <typename Values, int kWeights, bool kPlain>
-inline void rounded_strip(const Weight& weight, int64_t inputs, int64_t n, const Rounded& x, float* y) {
-  constexpr int64_t kStepBytes = kWeights * kVecGroups * Values::kGroupBytes;  // of W, of one step of the loop below
-  const int64_t groups = inputs / kRounded;
-  const float shift = static_cast<float>(Values::kSigned ? 0 : weight.shift);
-  const bool has_offset = shift != 0.0f || weight.zeros != nullptr || weight.offsets != nullptr;
-  const char* rows[kWeights];
-  for (int r = 0; r < kWeights; ++r) rows[r] = Values::row(weight, n + r, inputs);
-  const char* ahead = rows[0] + kStripsAhead * kWeights * groups * Values::kGroupBytes;
-  Vec corrections[kWeights], sums[kWeights];
-#pragma GCC unroll 4
-  for (int r = 0; r < kWeights; ++r) sums[r] = corrections[r] = zero();
-  for (int64_t first = 0; first < groups; first += kBlockGroups) {
-    const int64_t count = std::min<int64_t>(kBlockGroups, groups - first);
-    alignas(64) float factors[kWeights][kBlockGroups];
-    for (int64_t i = 0; i < count; i += kLanes) {
-      const Vec scales = load(x.scales + first + i), x_sums = load(x.sums + first + i);
-#pragma GCC unroll 4
-      for (int r = 0; r < kWeights; ++r) {
-        const auto read = [&](const void* from) {
-          if constexpr (!kPlain) return read_grouped(weight, from, n + r, groups, first + i, count - i);
-          const Vec lanes = load_half(static_cast<const uint16_t*>(from) + (n + r) * groups + first + i);
-          return count - i >= kLanes ? lanes : first_lanes(lanes, static_cast<int>(count - i));
-        };
-        const Vec s = read(weight.scales);
-        store(factors[r] + i, mul(s, scales));
-        if (!has_offset) continue;
-        Vec zero_point = set1(shift);
-        if (!kPlain && weight.zeros != nullptr) zero_point = add(zero_point, read(weight.zeros));
-        Vec more = sub(zero(), mul(zero_point, s));
-        if (weight.offsets != nullptr) more = add(more, read(weight.offsets));
-        corrections[r] = fma(more, x_sums, corrections[r]);
-      }
+// Bytes between what is multiplied and what is fetched: what a core multiplies in the time that memory takes to answer.
+// Rows are read one after the other, so that prefetchers of the hardware see one stream.
+constexpr int64_t kBytesAhead = 4096;
+
+// Row n of W times x, up to adding the lanes. kPlain: is_plain says so.
+template <typename Values, bool kPlain>
+inline Vec multiply_row(const Weight& weight, int64_t groups, int64_t n, const Rounded& x) {
+  const char* row = static_cast<const char*>(weight.data) + n * groups * Values::kGroupBytes;
+  const uint16_t* scales = static_cast<const uint16_t*>(weight.scales) + n * groups;
+  const uint16_t* offsets = static_cast<const uint16_t*>(weight.offsets) + n * groups;
+  const int32_t shift = Values::kShifted ? weight.shift : 0;
+  const bool has_offsets = weight.offsets != nullptr, has_zeros = shift != 0 || weight.zeros != nullptr;
+  const int8_t* values = x.values;
+  const float *x_scales = x.scales, *x_sums = x.sums;
+  Vec even = zero(), odd = zero(), correction = zero();
+  // The factors of the next groups, whose part of the correction is added.
+  const auto factors = [&](int64_t first, int64_t count) __attribute__((always_inline)) {
+    const auto read = [&](const uint16_t* plain, const void* from) __attribute__((always_inline)) {
+      if constexpr (!kPlain) return read_grouped(weight, from, n, groups, first, count);
+      return count >= kLanes ? load_half(plain) : first_lanes(load_half(plain), static_cast<int>(count));
+    };
+    const Vec s = read(scales, weight.scales);
+    if (has_zeros) {
+      Vec zero_point = set1(static_cast<float>(shift));
+      if (!kPlain && weight.zeros != nullptr) zero_point = add(zero_point, read(nullptr, weight.zeros));
+      correction = fma(sub(zero(), mul(zero_point, s)), load(x_sums), correction);
     }
-    int64_t i = 0;
-    for (; i + kVecGroups <= count; i += kVecGroups, ahead += kStepBytes) {
-      for (int64_t line = 0; line < kStepBytes; line += 64) _mm_prefetch(ahead + line, _MM_HINT_T0);
-      add_groups<Values, false>(rows, x.values, first + i, factors, i, sums);
-    }
-    if (i < count) add_groups<Values, true>(rows, x.values, first + i, factors, i, sums);
+    if (has_offsets) correction = fma(read(offsets, weight.offsets), load(x_sums), correction);
+    return mul(s, load(x_scales));
+  };
+  constexpr int64_t kBlock = kLanes * Values::kGroupBytes;
+  int64_t first = 0;
+  for (; first + kLanes <= groups; first += kLanes) {
+    for (int64_t line = 0; line < kBlock; line += 64) _mm_prefetch(row + kBytesAhead + line, _MM_HINT_T0);
+    Values::add_block(row, values, factors(first, kLanes), even, odd);
+    row += kBlock, scales += kLanes, offsets += kLanes;
+    values += kLanes * kRounded, x_scales += kLanes, x_sums += kLanes;
   }
-#pragma GCC unroll 4
-  for (int r = 0; r < kWeights; ++r) sums[r] = add(sums[r], corrections[r]);
-  if constexpr (kWeights == 4) {
-    sum_of_four(sums, y + n);
-  } else {
-    for (int r = 0; r < kWeights; ++r) y[n + r] = sum(sums[r]);
+  if (const int64_t count = groups - first; count > 0) {
+    _mm_prefetch(row + kBytesAhead, _MM_HINT_T0);
+    const char* const end = static_cast<const char*>(weight.data) + weight.rows * groups * Values::kGroupBytes;
+    odd = add(odd, Values::template rest<kPlain>(row, values, count, factors(first, count), end));
   }
+  return add(add(even, odd), correction);
+}
+
+template <typename Values, bool kPlain>
+inline void multiply_four(const Weight& weight, int64_t groups, int64_t n, const Rounded& x, float* y) {
+  Vec sums[4];
+#pragma GCC unroll 1
+  for (int r = 0; r < 4; ++r) sums[r] = multiply_row<Values, kPlain>(weight, groups, n + r, x);
+  sum_of_four(sums, y + n);
 }
 
 template <typename Values>
 void multiply_rounded_by(const Weight& weight, int64_t inputs, int64_t begin, int64_t end, const Rounded& x, float* y) {
   int64_t n = begin;
   const int64_t groups = inputs / kRounded;
-  for (; n + 4 <= end && is_plain(weight, groups, n, 4); n += 4) rounded_strip<Values, 4, true>(weight, inputs, n, x, y);
-  for (; n + 4 <= end; n += 4) rounded_strip<Values, 4, false>(weight, inputs, n, x, y);
-  for (; n < end; ++n) rounded_strip<Values, 1, false>(weight, inputs, n, x, y);
+  for (; n + 4 <= end && is_plain(weight, groups, n + 4); n += 4) multiply_four<Values, true>(weight, groups, n, x, y);
+  for (; n + 4 <= end; n += 4) multiply_four<Values, false>(weight, groups, n, x, y);
+  for (; n < end; ++n) y[n] = sum(multiply_row<Values, false>(weight, groups, n, x));
 }
 
 void multiply_rounded(const Weight& weight, int64_t inputs, int64_t begin, int64_t end, const Rounded& x, float* y) {

@@ -57,22 +57,30 @@ inline void sum_of_four(const Vec* of, float* out) {
 using Bytes = __m512i;
 constexpr int kBytes = 64;
 inline Bytes load_bytes(const char* from) { return _mm512_loadu_si512(from); }
-// The other half is 0.
-inline Bytes load_half_bytes(const char* from) {
-  return _mm512_zextsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+// See avx2.cpp; here a vector has four groups of 4 bits, and sixteen sums are taken together.
+inline Bytes multiply_nibbles(Bytes w, const int8_t* x) {
+  const Bytes mask = _mm512_set1_epi8(15);
+  const Bytes low = _mm512_and_si512(w, mask), high = _mm512_and_si512(_mm512_srli_epi16(w, 4), mask);
+  return _mm512_add_epi16(_mm512_maddubs_epi16(low, _mm512_loadu_si512(x)),
+                          _mm512_maddubs_epi16(high, _mm512_loadu_si512(x + kBytes)));
 }
-// Bytes of each group to the values of their halves, the lower ones first.
-inline Bytes widen_nibbles(__m256i groups) {
-  const __m512i twice = _mm512_setr_epi64(0, 1, 0, 1, 2, 3, 2, 3);
-  const __m512i both = _mm512_permutexvar_epi64(twice, _mm512_castsi256_si512(groups));
-  const __m512i shifts = _mm512_setr_epi32(0, 0, 0, 0, 4, 4, 4, 4, 0, 0, 0, 0, 4, 4, 4, 4);
-  return _mm512_and_si512(_mm512_srlv_epi32(both, shifts), _mm512_set1_epi8(15));
+inline Bytes halve(Bytes a, Bytes b) {
+  return _mm512_add_epi16(_mm512_unpacklo_epi16(a, b), _mm512_unpackhi_epi16(a, b));
 }
-inline Bytes unpack_nibbles(const char* from) {
-  return widen_nibbles(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+inline Vec sums_of_groups(const Bytes* of) {
+  const Bytes first = halve(of[0], of[1]), second = halve(of[2], of[3]);
+  const Bytes quarters = _mm512_add_epi16(_mm512_unpacklo_epi32(first, second), _mm512_unpackhi_epi32(first, second));
+  const Bytes together = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 1, 8, 9, 2, 3, 10, 11, 4, 5, 12, 13, 6, 7, 14, 15));
+  const Bytes sums = _mm512_madd_epi16(_mm512_shuffle_epi8(quarters, together), _mm512_set1_epi16(1));
+  const Bytes order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  return _mm512_cvtepi32_ps(_mm512_permutexvar_epi32(order, sums));
 }
-inline Bytes unpack_half_nibbles(const char* from) {
-  return widen_nibbles(_mm256_zextsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
+inline Vec sums_of_four(Bytes products) {
+  return _mm512_cvtepi32_ps(_mm512_madd_epi16(products, _mm512_set1_epi16(1)));
+}
+inline Vec factors_of_nibbles(Vec factors, int64_t first) {
+  const Bytes lanes = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
+  return _mm512_permutexvar_ps(_mm512_add_epi32(lanes, _mm512_set1_epi32(static_cast<int>(first))), factors);
 }
 // The first `count` lanes, and 0 in the others.
 inline Vec first_lanes(Vec v, int count) { return _mm512_maskz_mov_ps(static_cast<__mmask16>((1u << count) - 1), v); }
