@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from engine.lora.segments import SegmentTable, takes_rows
 from engine.ops.low_rank import add_low_rank
 from engine.ops.moe import grouped_linear
 
@@ -132,12 +133,18 @@ class LoRABatch:
     ) -> None:
         self._segments = segments
         self._generator = generator
+        self._table: SegmentTable | None = None
         self._whole = len(segments) == 1 and segments[0][1:] == (0, num_tokens)
 
     def add(self, name: str, x: Tensor, y: Tensor) -> Tensor:
         """y [T, O] plus each segment's update for x [T, I]; y is used up."""
         if self._whole:
             return self._segments[0][0].add(name, x, y, self._generator)
+        if takes_rows(x, y) and not any(adapter.dropout for adapter, _, _ in self._segments):
+            if self._table is None:
+                self._table = SegmentTable(self._segments, x.device, x.dtype)
+            if self._table.add(name, x, y):
+                return y
         if torch.is_grad_enabled():
             y = y.clone()
         for adapter, start, end in self._segments:

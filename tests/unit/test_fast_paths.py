@@ -92,6 +92,7 @@ FAST_PATHS: dict[str, tuple[str, str]] = {
     "triton int8_rows": ("engine.quantization.int8.Int8PerChannel.dequantize", TRITON),
     "triton grouped_rows": ("engine.quantization.gguf.GGUFBlocks.dequantize", TRITON),
     "triton lora_rows": ("engine.lora.slots.add_rows_reference", TRITON),
+    "triton lora_segments": ("engine.lora.adapter.Adapter.delta", TRITON),
     "triton softmax_gradient": ("engine.ops.cross_entropy.nll_and_gradient_reference", TRITON),
     "triton rms_norm": ("engine.ops.norm.rms_norm", TRITON),
 }

@@ -91,6 +91,15 @@ def lora_rows() -> None:
         lora_rows.add_rows(narrow(8, 2048), narrow(8, 1024), index(8), *table, rank)
 
 
+def lora_segments() -> None:
+    from engine.ops.triton import lora_segments
+
+    addresses, numbers, scalings = index(5, 7, 2), index(5, 7), torch.zeros(5, 7)
+    for rank in (8, 64, 256):
+        table = addresses[:, 3], numbers[:, 3], scalings[:, 3]
+        lora_segments.add_segments(narrow(300, 2048), narrow(300, 1024), index(12, 3), *table, rank)
+
+
 def int8_rows() -> None:
     from engine.ops.triton import int8_rows
 
@@ -138,6 +147,7 @@ CALLS: dict[str, tuple[Callable[[], None], int]] = {
     "gated_activation": (gated_activation, 3),
     "rope": (rope, 1),
     "lora_rows": (lora_rows, 4),
+    "lora_segments": (lora_segments, 6),
     "int8_rows": (int8_rows, 2),
     "grouped_rows": (grouped_rows, 7),
     "backwards": (backwards, 5),
