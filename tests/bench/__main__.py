@@ -41,6 +41,7 @@ MEASURES: dict[str, Callable[[Bench], None]] = {
         jobs.train,
         jobs.perplexity,
         jobs.embed,
+        jobs.embed_q8,
         overhead.start,
         overhead.grpc_overhead,
         overhead.grpc_64,

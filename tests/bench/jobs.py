@@ -13,7 +13,7 @@ import torch
 
 from engine.engine import Engine
 from engine.jobs import EmbedFinished, EmbedSpec, PerplexitySpec
-from tests.bench.models import EMBEDDER, GENERATOR, HYBRID
+from tests.bench.models import EMBEDDER, EMBEDDER_Q8, GENERATOR, HYBRID
 from tests.bench.peers import EMBEDDERS, llama_cpp
 from tests.bench.peers.process import PeerProcess
 from tests.bench.serving import Sides, llama_files
@@ -75,8 +75,18 @@ def hybrid_train_all(bench: Bench) -> None:
 
 def embed(bench: Bench) -> None:
     """Short texts of different lengths per second, mean-pooled, as token ids, in batches."""
+    _embed(bench, "embed", EMBEDDER)
+
+
+def embed_q8(bench: Bench) -> None:
+    """The same with the linear layers in our own 8-bit format, and activations rounded to int8; the peers' are of
+    float32. A line has the least cosine of a vector of theirs and ours."""
+    _embed(bench, "embed_q8", EMBEDDER_Q8)
+
+
+def _embed(bench: Bench, measure: str, name: str) -> None:
     scale = bench.scale
-    engine = bench.load(EMBEDDER)
+    engine = bench.load(name)
     spread = scale.embed_tokens // 4
     lengths = [scale.embed_tokens - spread + number % (2 * spread + 1) for number in range(scale.embed_texts)]
 
@@ -91,7 +101,7 @@ def embed(bench: Bench) -> None:
                 batch = texts[start : start + scale.embed_batch]
                 run_job(
                     engine,
-                    EmbedSpec(job_id=f"embed-{next(_numbers)}", model=EMBEDDER, inputs=batch, pooling="mean"),
+                    EmbedSpec(job_id=f"embed-{next(_numbers)}", model=name, inputs=batch, pooling="mean"),
                 )
 
         return len(texts) / seconds(run)
@@ -114,6 +124,7 @@ def embed(bench: Bench) -> None:
         return len(texts) / seconds(run)
 
     sides: Sides = {OURS: ours}
+    cosines: list[float] = []
     if bench.quick:
         if bench.peers.has_module("transformers"):
             sides["transformers"] = transformers
@@ -123,23 +134,27 @@ def embed(bench: Bench) -> None:
             command = [str(python), str(script), peer, str(bench.models.path(EMBEDDER)), str(bench.work_dir)]
             process = bench.process(peer, [*command, str(bench.threads)])
             bench.know_version(peer, process.ready["version"])
-            _check_vectors(engine, process, inputs()[: scale.embed_batch], peer)
+            cosines.append(_check_vectors(engine, name, process, inputs()[: scale.embed_batch], peer))
             sides[peer] = lambda process=process: (  # type: ignore[misc]
                 len(lengths) / process.ask(inputs=inputs(), batch_size=scale.embed_batch)["seconds"]
             )
     mean = statistics.mean(lengths)
-    least = bench.counts(EMBEDDER).forward(sum(lengths), context=mean, heads=0).seconds(bench.limits)
-    more = {"texts": len(lengths), "batch": scale.embed_batch, "tokens_per_text": mean}
-    bench.compared("embed", "texts/s", EMBEDDER, sides, floor=len(lengths) / least, **more)
+    work = bench.counts(EMBEDDER).forward(sum(lengths), context=mean, heads=0)
+    more: dict[str, Any] = {"texts": len(lengths), "batch": scale.embed_batch, "tokens_per_text": mean}
+    if name == EMBEDDER_Q8:
+        more["floor_int8"] = round(len(lengths) / work.seconds(bench.limits, int8=True), 1)
+    if cosines:
+        more["least_cosine"] = round(min(cosines), 5)
+    bench.compared(measure, "texts/s", name, sides, floor=len(lengths) / work.seconds(bench.limits), **more)
 
 
-def _check_vectors(engine: Engine, process: PeerProcess, texts: list[list[int]], peer: str) -> None:
-    """Both do the same work: their vectors agree.
+def _check_vectors(engine: Engine, name: str, process: PeerProcess, texts: list[list[int]], peer: str) -> float:
+    """Both do the same work: their vectors agree. Returns the least cosine of two of them.
 
     Raises:
         SystemExit: they do not.
     """
-    spec = EmbedSpec(job_id=f"embed-{next(_numbers)}", model=EMBEDDER, inputs=texts, pooling="mean", normalize=True)
+    spec = EmbedSpec(job_id=f"embed-{next(_numbers)}", model=name, inputs=texts, pooling="mean", normalize=True)
     last = run_job(engine, spec)[-1]
     assert isinstance(last, EmbedFinished)
     theirs = process.ask(inputs=texts, batch_size=len(texts), vectors=True)["vectors"]
@@ -147,6 +162,7 @@ def _check_vectors(engine: Engine, process: PeerProcess, texts: list[list[int]],
     cosine = torch.nn.functional.cosine_similarity(ours, torch.tensor(theirs)).min().item()
     if cosine < 0.99:
         raise SystemExit(f"{peer} computes something else: the cosine of its vectors and ours is {cosine:.4f}")
+    return cosine
 
 
 def perplexity(bench: Bench) -> None:

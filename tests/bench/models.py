@@ -1,8 +1,9 @@
 """The models that are measured: where they lie, what they are called, and the files that are made from them.
 
 GENERATOR is SmolLM2-135M as the demo package has it, a GGUF file of 4-bit blocks. GENERATOR_Q8 is the same numbers
-stored as Q8_0, GENERATOR_FLOAT the same file held in float32. HYBRID has the published shape of Qwen3.5-0.8B and random
-weights in float32; HYBRID_Q8 is its copy in our own 8-bit format.
+stored as Q8_0, GENERATOR_FLOAT the same file held in float32. EMBEDDER is MiniLM-L6 of the demo package, and
+EMBEDDER_Q8 its copy with linear layers in our own 8-bit format. HYBRID has the published shape of Qwen3.5-0.8B and
+random weights in float32; HYBRID_Q8 is its copy in our own 8-bit format.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ GENERATOR = "generator"
 GENERATOR_Q8 = "generator-q8"
 GENERATOR_FLOAT = "generator-float"
 EMBEDDER = "embedder"
+EMBEDDER_Q8 = "embedder-q8"
 HYBRID = "hybrid"
 HYBRID_Q8 = "hybrid-q8"
 DEFAULT_MODELS = {GENERATOR: "smollm2-135m", EMBEDDER: "all-minilm-l6-v2"}
@@ -55,6 +57,8 @@ class Models:
                 return self._make(f"hybrid-{self.hybrid_layers}", self._save_hybrid)
             case "hybrid-q8":
                 return self._make(f"hybrid-{self.hybrid_layers}-q8", lambda to: save_q8(self.path(HYBRID), to))
+            case "embedder-q8":
+                return self._make("embedder-q8", lambda to: save_q8(self.path(EMBEDDER), to, linears_only=True))
             case "generator-float":
                 return self.path(GENERATOR)
             case "generator-q8":
@@ -77,8 +81,9 @@ class Models:
         if name in (HYBRID, HYBRID_Q8):
             shape = "tiny-qwen3.5" if self.quick else f"qwen3.5-0.8b-shape ({self.hybrid_layers} layers)"
             return shape + (" q8" if name == HYBRID_Q8 else "")
-        if name == EMBEDDER:
-            return "tiny-llama" if self.quick else DEFAULT_MODELS[name]
+        if name in (EMBEDDER, EMBEDDER_Q8):
+            base = "tiny-llama" if self.quick else DEFAULT_MODELS[EMBEDDER]
+            return base + (" q8" if name == EMBEDDER_Q8 else "")
         given = self.generator.stem if self.generator is not None else DEFAULT_MODELS[GENERATOR]
         path = self.path(name)
         if path.suffix == ".gguf":
@@ -176,14 +181,14 @@ def convert_gguf(source: Path, target: Path, kind: str) -> None:
     writer.close()
 
 
-def save_q8(source: Path, target: Path) -> None:
-    """Quantizes a model to 8 bits in our own format, embeddings and head as well."""
+def save_q8(source: Path, target: Path, *, linears_only: bool = False) -> None:
+    """Quantizes a model to 8 bits in our own format, embeddings and head as well unless ``linears_only``."""
     target.mkdir(parents=True)
     engine = Engine(EngineConfig(device="cpu", state_dir=str(target / "state"), kv_cache_bytes=64 << 20))
     engine.load_model("source", source)
     spec = QuantizeSpec(
         job_id="quantize", model="source", scheme="q8", output_dir=str(target / "model"), output_name="target",
-        quantize_embeddings=True, quantize_head=True, load=False,
+        quantize_embeddings=not linears_only, quantize_head=not linears_only, load=False,
     )  # fmt: skip
     run_job(engine, spec)
     for file in (target / "model").iterdir():

@@ -28,7 +28,16 @@ def restored_threads(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.T
     torch.set_num_threads(before)
 
 
-SAME_CODE = {"train", "train_qv", "hybrid_train_qv", "prefill_q8", "hybrid_prefill_q8", "hybrid_decode_8", "decode_8"}
+SAME_CODE = {
+    "train",
+    "train_qv",
+    "hybrid_train_qv",
+    "embed_q8",
+    "prefill_q8",
+    "hybrid_prefill_q8",
+    "hybrid_decode_8",
+    "decode_8",
+}
 """Measures that differ from another one in numbers alone."""
 
 
