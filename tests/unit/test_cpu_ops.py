@@ -13,6 +13,7 @@ from torch import Tensor
 
 from engine.config import RopeConfig
 from engine.context import DecodeInputs, ForwardContext, PagedCache
+from engine.evaluation.scoring import token_nll
 from engine.layers.rope import RotaryEmbedding, apply_rope
 from engine.ops import cpu
 from engine.ops.attention import attention, attention_reference
@@ -88,6 +89,24 @@ def test_layer_norm(level: None, width: int) -> None:
         assert_same(norm, x, weight, bias, *terms, atol=5e-5)
     rows = norm(x, weight, bias, added, residual)
     assert torch.equal(norm(x[3:4], weight, bias, added, residual[3:4]), rows[3:4])
+
+
+def test_likelihood_of_tokens(level: None) -> None:
+    """Rows within wider ones, far from 0, and shorter than a vector; what is not finite stays so."""
+    for rows, width in ((3, 5), (7, 1000), (2, 49157)):
+        logits = 4 * torch.randn(rows, width + 3)[:, :width] + 1000.0
+        targets = torch.randint(0, width, (rows,))
+        wanted = torch.nn.functional.cross_entropy(logits.double(), targets, reduction="none")
+        torch.testing.assert_close(token_nll(logits, targets), wanted, rtol=1e-6, atol=1e-6)
+        assert torch.equal(token_nll(logits[1:2], targets[1:2]), token_nll(logits, targets)[1:2])
+    logits = torch.zeros(4, 40)
+    logits[0, 3], logits[1, 39], logits[2, 5], logits[3, 7:] = torch.nan, torch.nan, torch.inf, -torch.inf
+    wanted = torch.nn.functional.cross_entropy(logits, torch.tensor([5, 5, 5, 5]), reduction="none").double()
+    torch.testing.assert_close(token_nll(logits, torch.tensor([5, 5, 5, 5])), wanted, equal_nan=True)
+    assert token_nll(logits[3:], torch.tensor([9])).tolist() == [torch.inf]
+    for wrong in (-1, 40):
+        with pytest.raises(IndexError):
+            token_nll(logits, torch.full((4,), wrong))
 
 
 @pytest.mark.parametrize("name", sorted(cpu.ACTIVATIONS))

@@ -47,6 +47,7 @@ FAST_PATHS: dict[str, tuple[str, str]] = {
     ),
     "cpu layer_norm": ("torch.nn.functional.layer_norm", f"{CPU_OPS}::test_layer_norm"),
     "cpu bias_activation": ("engine.ops.elementwise.ACTIVATIONS", f"{CPU_OPS}::test_bias_and_activation"),
+    "cpu token_likelihood": ("torch.nn.functional.cross_entropy", f"{CPU_OPS}::test_likelihood_of_tokens"),
     # Whole steps of them.
     "captured decode steps": (
         "engine.core.runner.Runner",

@@ -1,9 +1,9 @@
 """Our kernels for CPUs: a shared library that is built when the package is installed (setup.py).
 
 What it offers is in kernels.h. ``library`` opens it, runs operations and captures programs of them; ``weights`` has the
-products, ``gemm`` says where they may round activations, ``calls`` and ``encoder`` have the rest. Nothing here decides
-but whether it can: callers keep the torch form, which is the reference (tests/unit/test_cpu_kernels.py,
-test_cpu_gemm.py, test_cpu_ops.py).
+products, ``gemm`` says where they may round activations, ``calls``, ``encoder`` and ``likelihood`` have the rest.
+Nothing here decides but whether it can: callers keep the torch form, which is the reference
+(tests/unit/test_cpu_kernels.py, test_cpu_gemm.py, test_cpu_ops.py).
 """
 
 from engine.ops.cpu.calls import (
@@ -26,6 +26,7 @@ from engine.ops.cpu.calls import (
 from engine.ops.cpu.encoder import bias_activation, layer_norm
 from engine.ops.cpu.gemm import int8_activations, takes_rounded, with_int8_activations
 from engine.ops.cpu.library import LEVELS, Arena, Program, available, capture, level, set_num_threads, takes
+from engine.ops.cpu.likelihood import token_nll
 from engine.ops.cpu.weights import (
     MAX_ROWS,
     MAX_ROWS_OF_INTEGERS,
@@ -73,5 +74,6 @@ __all__ = [
     "takes_rounded",
     "takes_rows",
     "tiled_attention",
+    "token_nll",
     "with_int8_activations",
 ]

@@ -32,6 +32,7 @@ inline Vec dot_signed(Bytes w, Bytes x) {
 #include "rounded.inl"
 #include "elementwise.inl"
 #include "encoder.inl"
+#include "likelihood.inl"
 #include "attention.inl"
 #include "attention_tiles.inl"
 #include "recurrent.inl"
@@ -39,7 +40,7 @@ inline Vec dot_signed(Bytes w, Bytes x) {
 
 }  // namespace
 
-const Kernels kernels{multiply_rows, kPanelRows, pack_rows, multiply_packed, round_row, multiply_rounded, widen_rows, norm_rows, rotate, activate_rows, add_rows, attend, attend_tile, convolve, advance, convolve_rows, advance_chunks, normalize_rows, bias_and_activate_rows};
+const Kernels kernels{multiply_rows, kPanelRows, pack_rows, multiply_packed, round_row, multiply_rounded, widen_rows, norm_rows, rotate, activate_rows, add_rows, attend, attend_tile, convolve, advance, convolve_rows, advance_chunks, normalize_rows, bias_and_activate_rows, score_rows};
 
 }  // namespace whet::avx512
 #endif

@@ -278,10 +278,19 @@ struct BiasActivation {
   int32_t reserved;
 };
 
+// -log softmax(logits)[target] of each row, in nats.
+struct TokenLikelihood {
+  const float* logits;     // [M, width]
+  const int64_t* targets;  // [M]
+  double* out;             // [M]
+  int64_t rows, width;
+  int64_t stride;  // from row to row
+};
+
 enum class Kind : int64_t {
   kLinear, kWidenRows, kGather, kRmsNorm, kRopeTable, kRope, kAttention, kGatedActivation, kAdd, kConvStep, kDeltaStep,
   kTiledAttention,
-  kConv, kDeltaChunk, kFloatProduct, kLayerNorm, kBiasActivation,
+  kConv, kDeltaChunk, kFloatProduct, kLayerNorm, kBiasActivation, kTokenLikelihood,
 };
 
 struct Op {
@@ -321,6 +330,7 @@ struct Kernels {
   void (*advance_chunks)(const DeltaChunk& op, int64_t value_head);
   void (*normalize_rows)(const LayerNorm& op, int64_t begin, int64_t end);
   void (*bias_and_activate_rows)(const BiasActivation& op, int64_t begin, int64_t end);
+  void (*score_rows)(const TokenLikelihood& op, int64_t begin, int64_t end);
 };
 
 namespace avx2 { extern const Kernels kernels; }
@@ -329,7 +339,7 @@ namespace avx512vnni { extern const Kernels kernels; }
 
 enum class Status : int32_t {
   kDone = 0,
-  kNoSuchRow = 1,  // a Gather is asked for a row that its weight lacks
+  kNoSuchRow = 1,  // a Gather is asked for a row that its weight lacks, or a TokenLikelihood for a logit that is none
   kNoMemory = 2,
 };
 

@@ -41,6 +41,7 @@ KINDS = (
     "float_product",
     "layer_norm",
     "bias_activation",
+    "token_likelihood",
 )
 """``Kind`` of kernels.h, in its order."""
 
@@ -91,7 +92,7 @@ _unlocked = None if _library is None else declare(ctypes.CDLL(_path()))
 def _check(status: int) -> None:
     """Raises what ``Status`` of kernels.h says."""
     if status == 1:
-        raise IndexError("an index is not that of a row of the weight")
+        raise IndexError("an index is not that of a row of the weight, or of a logit")
     if status == 2:
         raise MemoryError("there is no memory for an operation of the CPU kernels")
 

@@ -255,6 +255,14 @@ void run(const BiasActivation& op, const Kernels& kernels) {
   over_rows(op.rows, 4 * op.width, [&](int64_t begin, int64_t end) { kernels.bias_and_activate_rows(op, begin, end); });
 }
 
+// False where a target is no logit.
+bool run(const TokenLikelihood& op, const Kernels& kernels) {
+  const auto is_none = [&](int64_t target) { return target < 0 || target >= op.width; };
+  if (std::any_of(op.targets, op.targets + op.rows, is_none)) return false;
+  over_rows(op.rows, op.width, [&](int64_t begin, int64_t end) { kernels.score_rows(op, begin, end); });
+  return true;
+}
+
 void run(const ConvStep& op, const Kernels& kernels) {
   constexpr int64_t kChannels = 1024;
   const int64_t parts = ceil_div(op.channels, kChannels);
@@ -320,6 +328,9 @@ Status run(const Op* ops, int64_t count, const Kernels& kernels) try {
       case Kind::kFloatProduct: run(*static_cast<const FloatProduct*>(args), kernels); break;
       case Kind::kLayerNorm: run(*static_cast<const LayerNorm*>(args), kernels); break;
       case Kind::kBiasActivation: run(*static_cast<const BiasActivation*>(args), kernels); break;
+      case Kind::kTokenLikelihood:
+        if (!run(*static_cast<const TokenLikelihood*>(args), kernels)) return Status::kNoSuchRow;
+        break;
     }
   }
   return Status::kDone;
