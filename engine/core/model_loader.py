@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from engine.config import EngineConfig
+from engine.core.heap import keep_for_forwards
 from engine.core.huge_pages import prefer_huge_pages
 from engine.core.loaded import LoadedModel
 from engine.core.memory import make_cache, make_states, plan_cache
@@ -88,6 +89,8 @@ def load_checkpoint(
         info.kv_cache_bytes = sum(t.numel() * t.element_size() for t in (*cache.keys, *cache.values))
         # One sequence can never hold more than the whole pool.
         info.max_model_len = min(info.max_model_len, (plan.num_blocks - 1) * engine_config.block_size)
+    if device.type == "cpu":
+        keep_for_forwards()
     info.load_seconds = time.monotonic() - begin
     if device.type != "cpu":
         used = ", ".join(f"{operation}: {form}" for operation, form in implementations(device).items())

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from engine.core.heap import freed_memory_kept
 from engine.core.loaded import LoadedModel
 from engine.errors import FailedPreconditionError, OutOfMemoryError, TrainingError
 from engine.jobs import (
@@ -37,7 +38,6 @@ from engine.training.batching import BatchOrder, MicroBatch, micro_batches
 from engine.training.checkpoint import Checkpoints
 from engine.training.dataset import Example, read_dataset
 from engine.training.forward import TrainingForward, accepted_difference, forward_difference, probe, resolve_dtype
-from engine.training.heap import freed_memory_kept
 from engine.training.lora_init import masters
 from engine.training.optimizer import Optimizer, learning_rate
 from engine.training.params import validate_params

@@ -1,4 +1,4 @@
-"""Memory freed during a run is taken again without page faults, and is given back after it."""
+"""Memory that a run or a forward frees is taken again without page faults; a run's is given back after it."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from engine.training import heap
-from engine.training.heap import freed_memory_kept
+from engine.core import heap
+from engine.core.heap import freed_memory_kept, keep_for_forwards
 
 pytestmark = pytest.mark.skipif(
     not sys.platform.startswith("linux") or heap._glibc() is None, reason="the settings are glibc's"
@@ -26,13 +26,13 @@ def resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
-def faults() -> int:
-    """Page faults while BLOCKS blocks of BYTES are made, written and freed."""
+def faults(count: int = BLOCKS) -> int:
+    """Page faults while so many blocks of BYTES are made, written and freed."""
     library = ctypes.CDLL(None)
     library.malloc.restype, library.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
     library.free.restype, library.free.argtypes = None, [ctypes.c_void_p]
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    blocks = [library.malloc(BYTES) for _ in range(BLOCKS)]
+    blocks = [library.malloc(BYTES) for _ in range(count)]
     for block in blocks:
         ctypes.memset(block, 1, BYTES)
     for block in blocks:
@@ -54,8 +54,19 @@ def check() -> None:
     assert faults() > PAGES // 2
 
 
-def test_freed_memory_is_taken_again_and_given_back_at_the_end() -> None:
+def check_forwards() -> None:
+    """Likewise: two blocks are taken again without faults, from the first time on, and six are given back."""
+    keep_for_forwards()
+    faults(2)
+    assert faults(2) < PAGES // 100
+    before = resident_bytes()
+    faults()
+    assert resident_bytes() < before + BYTES
+
+
+@pytest.mark.parametrize("check", ["check", "check_forwards"])
+def test_freed_memory_is_taken_again_and_given_back_at_the_end(check: str) -> None:
     """Elsewhere, as where this process's heap ends is up to the tests before."""
-    code = "from tests.unit.test_training_heap import check; check()"
+    code = f"from tests.unit.test_heap import {check}; {check}()"
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr

@@ -1,8 +1,11 @@
-"""Memory that a run frees stays with the process until the run ends.
+"""Freed memory stays with the process: some for the next forward, and that of a run until it ends.
 
-A step allocates and frees the same hundreds of megabytes again and again: what is kept for the backward, logits,
-gradients. glibc gives large blocks back to the system as they are freed, and the system then clears every page of them
-anew: with SmolLM2-135M, 4 x 256 tokens, that was 190,000 page faults a step and about a tenth of its time.
+A training step allocates and frees the same hundreds of megabytes again and again: what is kept for the backward,
+logits, gradients. glibc gives large blocks back to the system as they are freed, and the system then clears every page
+of them anew: with SmolLM2-135M, 4 x 256 tokens, that was 190,000 page faults a step and about a tenth of its time.
+
+A forward does the same with tens of megabytes. There glibc's thresholds grow as blocks are freed, so whether it has no
+page faults or thousands depends on what happened before.
 
 The settings are those of mallopt(3), for the whole process. They change nothing where there is no glibc.
 """
@@ -39,6 +42,19 @@ def _glibc() -> ctypes.CDLL | None:
     library = ctypes.CDLL(None)
     # malloc_trim is glibc's own; musl has neither.
     return library if hasattr(library, "mallopt") and hasattr(library, "malloc_trim") else None
+
+
+def keep_for_forwards() -> None:
+    """From now on up to USUAL bytes that a forward frees stay for the next one; what loading has freed is given back
+    first."""
+    library = _glibc()
+    if library is None:
+        return
+    with _lock:
+        if _holders == 0:  # else a run keeps more, and ends with these settings
+            library.malloc_trim(ctypes.c_size_t(0))
+            library.mallopt(M_MMAP_THRESHOLD, LARGEST)
+            library.mallopt(M_TRIM_THRESHOLD, USUAL)
 
 
 @contextlib.contextmanager
