@@ -55,11 +55,12 @@ def grouped_linear(device: torch.device) -> float:
     worst = Worst()
     # (rows, inputs, outputs)
     shapes = [(1, 256, 40), (20, 768, 70), (300, 256, 8)]
+    schemes = [*map(GGUFBlocks, BLOCK_TYPES.values()), Int4Grouped(32), Int4Grouped(128, symmetric=False)]
+    cases = list(itertools.product(shapes, TYPES, schemes))
     if device.type == "cuda":
-        shapes += [(1, 1024, 3584), (128, 3584, 1024), (7, 1024, 248320)]
-    schemes = [GGUFBlocks(block) for block in BLOCK_TYPES.values()]
-    ours = [Int4Grouped(32), Int4Grouped(128, symmetric=False)]
-    for (rows, inputs, outputs), dtype, scheme in itertools.product(shapes, TYPES, [*schemes, *ours]):
+        large = [(1, 1024, 3584), (128, 3584, 1024), (7, 1024, 60000)]
+        cases += itertools.product(large, TYPES[1:], (GGUFBlocks(BLOCK_TYPES["q4_1"]), schemes[-1]))
+    for (rows, inputs, outputs), dtype, scheme in cases:
         draw = Numbers(device, rows)
         linear = Linear(inputs, outputs, name="l", scheme=scheme, dtype=dtype)
         for name, parameter in list(linear.named_parameters()):
