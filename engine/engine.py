@@ -119,6 +119,8 @@ class Engine:
                 field="model",
                 reason="MODEL_BUSY",
             )
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)  # a step that nobody waits for any more may be under way
         del self._models[name]
 
     def models(self) -> list[ModelInfo]:

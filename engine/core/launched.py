@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from engine.core.cuda_graphs import LaunchedStep
-from engine.core.scheduler import ScheduledBatch
+from engine.core.scheduled import ScheduledBatch
 from engine.errors import EngineError
 from engine.sampling.on_device import DeviceSampler
 

@@ -20,7 +20,8 @@ from engine.core.failures import as_engine_error
 from engine.core.launched import LaunchedBatch
 from engine.core.loaded import LoadedModel
 from engine.core.memory import CachePlan
-from engine.core.scheduler import ScheduledBatch, ScheduledSequence, Scheduler
+from engine.core.scheduled import ScheduledBatch, ScheduledSequence
+from engine.core.scheduler import Scheduler
 from engine.core.sequence import Sequence, new_sequences
 from engine.errors import EngineError, InternalError, InvalidArgumentError
 from engine.info import ModelStats
@@ -198,9 +199,9 @@ class Runner:
         if not isinstance(self._graphs, CudaGraphs):
             return None
         if after is None:
-            sort_by_adapter(batch.entries)
+            batch.sort_by_adapter()
         sequences = [entry.sequence for entry in batch.entries]
-        if not self._device_sampler.takes(sequences) or not (after or decodes(batch.entries)):
+        if not self._device_sampler.takes(sequences) or not (after or batch.decodes):
             return None
         slots, saves = self._prepare_states(sequences)
         step = self._graphs.launch(
@@ -219,11 +220,11 @@ class Runner:
 
     def _execute(self, batch: ScheduledBatch) -> dict[int, int | EngineError]:
         """Runs the model. Returns, by id of the sequence, the token that follows it, or why there is none."""
+        batch.sort_by_adapter()
         entries = batch.entries
-        sort_by_adapter(entries)
         sequences = [entry.sequence for entry in entries]
         slots, saves = self._prepare_states(sequences)
-        logits = self._replay(entries, sequences, slots)
+        logits = self._replay(sequences, slots) if batch.decodes else None
         if logits is not None:
             self._keep_states(slots, saves)
             return self._sample(logits, sequences)
@@ -252,9 +253,9 @@ class Runner:
         logits = self._model.compute_logits(hidden[last])
         return self._sample(logits, [sequences[row] for row in ending])
 
-    def _replay(self, entries: Seq[ScheduledSequence], sequences: Seq[Sequence], slots: Seq[int]) -> Tensor | None:
+    def _replay(self, sequences: Seq[Sequence], slots: Seq[int]) -> Tensor | None:
         """Logits of a step in which each sequence decodes, from a captured step; None if there is no such."""
-        if self._graphs is None or not decodes(entries):
+        if self._graphs is None:
             return None
         return self._graphs.logits(
             [s.token_ids[-1] for s in sequences],
@@ -398,19 +399,3 @@ class Runner:
     def adapters_held(self) -> set[tuple[str, int]]:
         """Names and versions of the adapters of all live requests."""
         return self._scheduler.adapters_held()
-
-
-def sort_by_adapter(entries: list[ScheduledSequence]) -> None:
-    """Sequences of one adapter side by side, so that each adapter is one segment; by name, so that runs repeat."""
-    entries.sort(key=lambda e: (e.sequence.request.adapter or "", e.sequence.adapter_version or 0))
-
-
-def decodes(entries: Seq[ScheduledSequence]) -> bool:
-    """Whether each sequence has a past and one new token, after which the next is chosen."""
-    return all(
-        entry.num_tokens == 1
-        and entry.reaches_end
-        and entry.sequence.num_computed_tokens > 0
-        and not entry.sequence.collects_prompt_logprobs
-        for entry in entries
-    )

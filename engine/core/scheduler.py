@@ -19,6 +19,7 @@ from dataclasses import dataclass
 
 from engine.cache.base import CacheManager
 from engine.cache.prefix import root_hash
+from engine.core.scheduled import ScheduledBatch, ScheduledSequence
 from engine.core.sequence import Sequence, SequenceStatus
 from engine.errors import EngineError, InvalidArgumentError, OutOfRangeError, OverloadedError
 from engine.request import FinishReason
@@ -26,36 +27,6 @@ from engine.request import FinishReason
 FINISHES_REMEMBERED = 64
 DEFAULT_RETRY_SECONDS = 1.0
 MAX_RETRY_SECONDS = 60.0
-
-
-@dataclass(slots=True)
-class ScheduledSequence:
-    """The part of one sequence in a step: tokens [num_computed_tokens, num_computed_tokens + num_tokens).
-
-    Attributes:
-        is_committed: the cache counts these tokens as computed already (``Scheduler.follow``).
-    """
-
-    sequence: Sequence
-    num_tokens: int
-    is_committed: bool = False
-
-    @property
-    def reaches_end(self) -> bool:
-        """Whether the step computes its last known token, so that the next one can be sampled."""
-        return self.num_tokens == self.sequence.num_uncomputed_tokens
-
-
-@dataclass(slots=True)
-class ScheduledBatch:
-    """One step's work. ``scheduler.update`` or ``finish`` is due for each entry; an entry that gets neither, as its
-    step failed, is simply scheduled again."""
-
-    entries: list[ScheduledSequence]
-
-    @property
-    def num_tokens(self) -> int:
-        return sum(entry.num_tokens for entry in self.entries)
 
 
 @dataclass(slots=True)

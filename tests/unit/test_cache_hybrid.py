@@ -10,7 +10,7 @@ import pytest
 
 from engine.cache.hybrid import HybridManager
 from engine.cache.recurrent import StateSlots
-from engine.core.scheduler import ScheduledBatch
+from engine.core.scheduled import ScheduledBatch
 from engine.core.sequence import Sequence
 from engine.errors import InternalError, InvalidArgumentError
 from tests.unit.test_scheduler_properties import (

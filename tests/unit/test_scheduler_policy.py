@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from engine.cache.full import FullAttentionManager
-from engine.core.scheduler import DEFAULT_RETRY_SECONDS, ScheduledBatch, Scheduler
+from engine.core.scheduled import ScheduledBatch
+from engine.core.scheduler import DEFAULT_RETRY_SECONDS, Scheduler
 from engine.core.sequence import Sequence, SequenceStatus, new_sequences
 from engine.errors import InternalError, InvalidArgumentError, OutOfRangeError, OverloadedError
 from engine.lora.adapter import Adapter

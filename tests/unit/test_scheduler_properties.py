@@ -13,7 +13,8 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from engine.cache.full import FullAttentionManager
 from engine.cache.hybrid import HybridManager
-from engine.core.scheduler import ScheduledBatch, Scheduler
+from engine.core.scheduled import ScheduledBatch
+from engine.core.scheduler import Scheduler
 from engine.core.sequence import Sequence, SequenceStatus, new_sequences
 from engine.errors import InternalError, OverloadedError
 from engine.lora.adapter import Adapter
