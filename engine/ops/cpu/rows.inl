@@ -170,8 +170,15 @@ void multiply_floats(const Weight& weight, int64_t inputs, int64_t begin, int64_
   // Whole vectors are one group, and what is left of the row is added by hand.
   const int64_t whole = inputs / Widen<kStorage>::kStep * Widen<kStorage>::kStep;
   int64_t n = begin;
-  if (rows == 1)  // enough sums that none waits for the product before
+  if (rows == 1 && kStorage == Storage::kFloat32) {
+    // Memory is all that counts, and hardware fetches one stream faster than software fetches several.
+    for (; n < end; ++n) {
+      const Widen<kStorage> widen(weight, n, inputs);
+      tile<kStorage, GroupOf, 1, 1>(&widen, whole, whole, 0, x, ldx, y + n, ldy);
+    }
+  } else if (rows == 1) {  // enough sums that none waits for the product before
     for (; n + 4 <= end; n += 4) strip<kStorage, GroupOf, 4>(weight, inputs, whole, whole, n, x, ldx, rows, y + n, ldy);
+  }
   for (; n + 2 <= end; n += 2) strip<kStorage, GroupOf, 2>(weight, inputs, whole, whole, n, x, ldx, rows, y + n, ldy);
   for (; n < end; ++n) strip<kStorage, GroupOf, 1>(weight, inputs, whole, whole, n, x, ldx, rows, y + n, ldy);
   for (n = begin; whole < inputs && n < end; ++n) {
