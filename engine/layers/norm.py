@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from engine.ops.norm import gated_rms_norm, rms_norm
+from engine.ops.norm import add_rms_norm, gated_rms_norm, rms_norm
 
 
 class RMSNorm(nn.Module):
@@ -24,6 +24,10 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [..., dim], normalised over the last axis; the type of x is kept."""
         return rms_norm(x, self.weight, self.eps, shifted=self.shifted)
+
+    def of_sum(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """x + y and ``forward`` of it; both [..., dim]."""
+        return add_rms_norm(x, y, self.weight, self.eps, shifted=self.shifted)
 
 
 class GatedRMSNorm(nn.Module):

@@ -50,8 +50,9 @@ class DecoderLayer(nn.Module):
 
     def forward(self, x: Tensor, ctx: ForwardContext, cos: Tensor, sin: Tensor) -> Tensor:
         """x [T, D]: [T, D]."""
-        x = add(x, self.self_attn(self.input_layernorm(x), ctx, cos, sin))
-        return add(x, self.mlp(self.post_attention_layernorm(x), ctx))
+        mixed = self.self_attn(self.input_layernorm(x), ctx, cos, sin)
+        x, normed = self.post_attention_layernorm.of_sum(x, mixed)
+        return add(x, self.mlp(normed, ctx))
 
 
 class LlamaModel(nn.Module):

@@ -63,8 +63,9 @@ class Qwen3_5DecoderLayer(nn.Module):
     def forward(self, x: Tensor, ctx: ForwardContext, cos: Tensor, sin: Tensor) -> Tensor:
         """x [T, D]: [T, D]."""
         normed = self.input_layernorm(x)
-        x = add(x, self.linear_attn(normed, ctx) if self.is_linear else self.self_attn(normed, ctx, cos, sin))
-        return add(x, self.mlp(self.post_attention_layernorm(x), ctx))
+        mixed = self.linear_attn(normed, ctx) if self.is_linear else self.self_attn(normed, ctx, cos, sin)
+        x, normed = self.post_attention_layernorm.of_sum(x, mixed)
+        return add(x, self.mlp(normed, ctx))
 
 
 class Qwen3_5TextModel(nn.Module):

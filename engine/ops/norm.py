@@ -13,6 +13,7 @@ from torch import Tensor
 
 from engine.ops import cpu, fused_gradients
 from engine.ops.backends import uses_triton_forward
+from engine.ops.elementwise import add
 from engine.ops.root_norm import root_norm
 
 
@@ -31,6 +32,16 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, shifted: bool = False) ->
     if shifted:
         weight = weight + 1.0
     return _rms_norm(wide, weight, eps).to(x.dtype)
+
+
+def add_rms_norm(x: Tensor, y: Tensor, weight: Tensor, eps: float, *, shifted: bool = False) -> tuple[Tensor, Tensor]:
+    """x + y, and ``rms_norm`` of it: what a residual and the norm behind it are; both [..., D]."""
+    if x.shape == y.shape and x.dtype == y.dtype and uses_triton_forward(x, y, weight):
+        from engine.ops.triton import rms_norm as kernels
+
+        return kernels.add_rms_norm(x, y, weight, eps, shifted=shifted)
+    total = add(x, y)
+    return total, rms_norm(total, weight, eps, shifted=shifted)
 
 
 def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -23,7 +23,7 @@ from engine.ops.delta_rule import (
     plan_delta_rule,
     recurrent_gated_delta_rule,
 )
-from engine.ops.norm import gated_rms_norm, rms_norm
+from engine.ops.norm import add_rms_norm, gated_rms_norm, rms_norm
 from tests.gpu.checks import Worst, check, needs
 
 TYPES = (torch.float32, torch.bfloat16)
@@ -156,7 +156,7 @@ def _conv_step(device: torch.device) -> float:
 
 @check
 def norms(device: torch.device) -> float:
-    """RMSNorm by w and by 1 + w, and the gated norm, of rows of odd widths and of strided input."""
+    """RMSNorm by w and by 1 + w, of a sum, and the gated norm, of rows of odd widths and of strided input."""
     if not backends.uses_triton(device):
         needs("triton")
         raise AssertionError("the Triton norms are not in use")
@@ -177,6 +177,9 @@ def norms(device: torch.device) -> float:
                 ("gated", gated_rms_norm(x, gate, weight, 1e-6), gated_rms_norm(x_, gate_, weight_, 1e-6)),
                 ("wide", gated_rms_norm(x.float(), gate, weight, 1e-6), gated_rms_norm(x_, gate_, weight_, 1e-6)),
             ]
+            total, normed = add_rms_norm(x, gate, weight, 1e-6, shifted=True)
+            results.append(("sum", total, x_ + gate_))
+            results.append(("of a sum", normed, rms_norm(*wide(total), weight_, 1e-6, shifted=True)))
         for kind, got, expected in results:
             assert got.dtype == dtype
             worst.compare(got, expected, ROUNDING[dtype], f"{kind} {list(shape)} {dtype}")

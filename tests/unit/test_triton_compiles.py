@@ -65,6 +65,7 @@ def rms_norm() -> None:
 
     x = narrow(8, 1024)
     rms_norm.rms_norm(x, x[0], 1e-6, shifted=True)
+    rms_norm.add_rms_norm(x, x, x[0], 1e-6, shifted=True)
     rms_norm.rms_norm(x.view(-1, 128), x[0, :128], 1e-6, gate=x.view(-1, 128))
 
 
@@ -141,7 +142,7 @@ CALLS: dict[str, tuple[Callable[[], None], int]] = {
     "paged_attention, window, no split": (lambda: paged_attention(128, 9, 3, 64, 512, 50.0), 2),
     "delta_step": (delta_step, 1),
     "conv_step": (conv_step, 1),
-    "rms_norm": (rms_norm, 2),
+    "rms_norm": (rms_norm, 3),
     "gated_activation": (gated_activation, 3),
     "rope": (rope, 1),
     "lora_rows": (lora_rows, 4),

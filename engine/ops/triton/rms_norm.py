@@ -53,6 +53,45 @@ def _rms_norm(
 
 
 @triton.jit
+def _add_rms_norm(
+    x_ptr,
+    y_ptr,
+    weight_ptr,
+    sum_ptr,
+    out_ptr,
+    num_rows,
+    width,
+    x_inner,
+    x_outer_stride,
+    x_inner_stride,
+    y_inner,
+    y_outer_stride,
+    y_inner_stride,
+    eps,
+    SHIFTED: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """A program takes ROWS whole rows. The norm is of the sum as it is stored."""
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    columns = tl.arange(0, BLOCK)
+    inside = (rows < num_rows)[:, None] & (columns < width)[None, :]
+    at = rows[:, None] * width + columns[None, :]
+    from_x = rows // x_inner * x_outer_stride + rows % x_inner * x_inner_stride
+    from_y = rows // y_inner * y_outer_stride + rows % y_inner * y_inner_stride
+    x = tl.load(x_ptr + from_x[:, None] + columns[None, :], mask=inside, other=0.0).to(tl.float32)
+    y = tl.load(y_ptr + from_y[:, None] + columns[None, :], mask=inside, other=0.0).to(tl.float32)
+    stored = (x + y).to(sum_ptr.dtype.element_ty)
+    tl.store(sum_ptr + at, stored, mask=inside)
+    total = stored.to(tl.float32)
+    weight = tl.load(weight_ptr + columns, mask=columns < width, other=0.0).to(tl.float32)
+    if SHIFTED:
+        weight += 1.0
+    out = total / tl.sqrt(tl.sum(total * total, axis=1) / width + eps)[:, None] * weight[None, :]
+    tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
 def _rms_norm_backward(
     x_ptr,
     gate_ptr,
@@ -132,6 +171,36 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, shifted: bool = False, ga
         num_warps=min(16, max(4, block // 512)),
     )
     return out
+
+
+def add_rms_norm(x: Tensor, y: Tensor, weight: Tensor, eps: float, *, shifted: bool = False) -> tuple[Tensor, Tensor]:
+    """x + y and its norm, for x and y [..., D] of one type, which both are of."""
+    total, out = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in range(2))
+    width = x.shape[-1]
+    num_rows = x.numel() // width
+    if num_rows == 0:
+        return total, out
+    x, *x_rows = rows_of(x)
+    y, *y_rows = rows_of(y)
+    block = triton.next_power_of_2(width)
+    rows = max(1, min(BLOCK_ELEMENTS // block, triton.next_power_of_2(num_rows)))
+    _add_rms_norm[(triton.cdiv(num_rows, rows),)](
+        x,
+        y,
+        weight,
+        total,
+        out,
+        num_rows,
+        width,
+        *x_rows,
+        *y_rows,
+        eps,
+        SHIFTED=shifted,
+        ROWS=rows,
+        BLOCK=block,
+        num_warps=min(16, max(4, block // 512)),
+    )
+    return total, out
 
 
 def rms_norm_backward(
