@@ -10,10 +10,14 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, BertModel
 
+from engine.config import ActivationQuantization, EngineConfig
 from engine.context import packed_context
+from engine.engine import Engine
 from engine.evaluation.embedding_config import read_embedding_config
+from engine.jobs import EmbedFinished, EmbedSpec, QuantizeSpec
 from engine.layers.pooling import finish, pool
 from engine.models.base import Model
+from tests.bench.work import run_job
 from tests.parity.loading import load
 
 TEXTS = [
@@ -63,3 +67,29 @@ def test_transformers_with_mean_pooling(minilm: Model, minilm_dir: Path) -> None
     vectors = embeddings(minilm, minilm_dir, [tokenizer(text)["input_ids"] for text in TEXTS])
     assert torch.cosine_similarity(vectors, expected).min() >= MIN_COSINE
     assert (vectors - expected).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize(("activations", "mean", "least"), [("off", 0.9993, 0.999), ("auto", 0.999, 0.998)])
+def test_eight_bits(
+    minilm: Model,
+    minilm_dir: Path,
+    tmp_path: Path,
+    activations: ActivationQuantization,
+    mean: float,
+    least: float,
+) -> None:
+    """Cosine of the vectors with linear layers of 8 bits to those of the weights as they are, with products of floats
+    and with activations rounded to int8."""
+    tokenizer = AutoTokenizer.from_pretrained(minilm_dir)
+    inputs = [tokenizer(text)["input_ids"] for text in TEXTS]
+    state = str(tmp_path / "state")
+    engine = Engine(EngineConfig(device="cpu", num_threads=1, state_dir=state, activation_quantization=activations))
+    engine.load_model("wide", minilm_dir)
+    output = str(tmp_path / "narrow")
+    run_job(engine, QuantizeSpec(job_id="q", model="wide", scheme="q8", output_dir=output, output_name="narrow"))
+    last = run_job(engine, EmbedSpec(job_id="e", model="narrow", inputs=inputs, pooling="mean", normalize=True))[-1]
+    assert isinstance(last, EmbedFinished)
+    vectors = torch.frombuffer(bytearray(last.vectors), dtype=torch.float32).view(len(inputs), -1)
+    cosines = torch.cosine_similarity(vectors, embeddings(minilm, minilm_dir, inputs))
+    assert cosines.mean() >= mean, cosines
+    assert cosines.min() >= least, cosines
