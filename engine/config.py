@@ -171,8 +171,9 @@ class EngineConfig:
         gguf_weights: how a GGUF file's quantized matrices are held: "stored" as the file has them, "float" in the
             compute type. The numbers that they stand for are the same. "auto": stored where there are kernels for it.
         activation_quantization: whether activations are rounded to int8 where a linear weight is stored as integers on
-            the CPU, in serving and scoring: products are then of integers, and faster. "auto": where there are kernels
-            for it, unless dtype is "float32". "off": products are of floats. Training never rounds them.
+            the CPU, in serving, scoring and the forward of training: products are then of integers, and faster. "auto":
+            where there are kernels for it, unless dtype is "float32". "off": products are of floats. Gradients are
+            computed by floats either way.
         state_checkpoint_interval: blocks between the checkpoints of recurrent state that prefixes are shared from,
             besides those at the ends of prompts and completions; 0: only those.
         job_slice_seconds: no slice of a job is planned to take longer.
@@ -205,5 +206,5 @@ class EngineConfig:
 
     @property
     def rounds_activations(self) -> bool:
-        """Whether serving and scoring may round activations to int8."""
+        """Whether serving, scoring and the forward of training may round activations to int8."""
         return self.activation_quantization == "auto" and self.dtype != "float32"

@@ -155,7 +155,7 @@ class ServerConfig(BaseSettings):
         default="auto",
         description="Whether activations are rounded to int8, in groups of 32, where they meet weights that are stored "
         "as integers on the CPU, which makes products faster; auto: unless --dtype float32 is given; off: never. "
-        "Training never rounds them.",
+        "Training rounds them in its forward, as serving does, and computes gradients by floats.",
     )
     state_checkpoint_interval: int = Field(
         default=64,

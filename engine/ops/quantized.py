@@ -5,6 +5,11 @@ Shapes: O out_features, I in_features, N rows of the input, all leading dimensio
 The weight is made wide a few rows at a time, used while those rows are in the processor's cache, and dropped. Nothing
 of it is kept for the backward, which makes the rows again; so training over a quantized base needs no more memory for
 weights than serving does.
+
+Where the CPU kernels may round x to int8 (engine.ops.cpu.gemm), the forward is their product of integers, the one that
+serving computes. The backward is that of the product by floats all the same: the gradient of x is exact for the stored
+W, and the rounding of x, whose derivative is zero almost everywhere, counts as the identity (the straight-through
+estimator, arXiv:1308.3432). Proof: tests/unit/test_quantized_linear.py.
 """
 
 from __future__ import annotations
@@ -17,6 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from engine.ops import cpu
+
 WeightRows = Callable[[int, int, torch.dtype], Tensor]
 """(start, end, dtype) to rows [end - start, I] of W in that type."""
 
@@ -27,36 +34,40 @@ DEVICE_CHUNK_ELEMENTS = 1 << 27
 """The same on a GPU, where each chunk costs launches; bounds the memory for the largest heads alone."""
 
 
-def quantized_linear(x: Tensor, rows: WeightRows, out_features: int) -> Tensor:
+def quantized_linear(x: Tensor, rows: WeightRows, out_features: int, packed: cpu.PackedWeight | None = None) -> Tensor:
     """x W^T for a W that ``rows`` makes, differentiable with respect to x.
 
     Args:
         x: [..., I].
         rows: reads W; called again in the backward, so its tensors must not change in between.
         out_features: O.
+        packed: the same W for the CPU kernels, which multiply where x may be rounded; None: they cannot read it.
 
     Returns: [..., O] in the type of x, or of autocast where that is on; the product is that of W in that type.
     """
     if x.dtype == torch.float32 and torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))  # as F.linear does, but for W as well before it is made
     if x.requires_grad and torch.is_grad_enabled():
-        return _QuantizedLinear.apply(x, rows, out_features)  # type: ignore[no-any-return, no-untyped-call]
-    return _forward(x, rows, out_features)
+        return _QuantizedLinear.apply(x, rows, out_features, packed)  # type: ignore[no-any-return, no-untyped-call]
+    return _forward(x, rows, out_features, packed)
 
 
 class _QuantizedLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, rows: WeightRows, out_features: int) -> Tensor:
+    def forward(ctx: Any, x: Tensor, rows: WeightRows, out_features: int, packed: cpu.PackedWeight | None) -> Tensor:
         ctx.rows = rows
-        return _forward(x, rows, out_features)
+        return _forward(x, rows, out_features, packed)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return _backward(grad, ctx.rows), None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        return _backward(grad, ctx.rows), None, None, None
 
 
-def _forward(x: Tensor, rows: WeightRows, out_features: int) -> Tensor:
+def _forward(x: Tensor, rows: WeightRows, out_features: int, packed: cpu.PackedWeight | None) -> Tensor:
+    # Gradients are off here, also where x wants one.
+    if packed is not None and cpu.takes_rounded(x):
+        return packed.linear(x, rounds=True)
     step = _chunk_rows(x, x.shape[-1])
     if step >= out_features:
         return F.linear(x, rows(0, out_features, x.dtype))

@@ -46,10 +46,15 @@ class LinearScheme(ABC):
         """Reads W a few rows at a time. Schemes that can do so without making all of it override this."""
         return lambda start, end, dtype: self.dequantize(module, dtype)[start:end]
 
+    def packed(self, module: nn.Module) -> cpu.PackedWeight | None:
+        """W for the CPU kernels. Schemes that these can read override this."""
+        return None
+
     def apply_part(self, module: nn.Module, x: Tensor, start: int, end: int) -> Tensor:
         """Outputs [start, end) of ``apply`` alone, for a product that is to be taken in parts."""
-        rows = self.rows(module)
-        return quantized_linear(x, lambda s, e, dtype: rows(start + s, start + e, dtype), end - start)
+        rows, packed = self.rows(module), self.packed(module)
+        part = None if packed is None else packed.part(start, end)
+        return quantized_linear(x, lambda s, e, dtype: rows(start + s, start + e, dtype), end - start, part)
 
     def embed(self, module: nn.Module, ids: Tensor) -> Tensor:
         """Rows of W for ids [T]: [T, in_features]. Schemes with cheap row access override this."""

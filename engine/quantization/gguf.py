@@ -61,19 +61,19 @@ class GGUFBlocks(LinearScheme):
 
             if grouped_rows.takes(x):
                 return grouped_rows.linear(x, values, scale, offset=offset, shift=self.block.zero_point)
-        packed = self._packed(module)
+        packed = self.packed(module)
         if packed is not None and cpu.takes_rounded(x):
             return packed.linear(x, rounds=True)
         if packed is not None and cpu.takes_rows(x, cpu.MAX_ROWS_OF_INTEGERS):
             return packed.linear(x)
-        return quantized_linear(x, self._rows(module, packed), module.get_parameter("weight_q").shape[0])
+        return quantized_linear(x, self._rows(module, packed), module.get_parameter("weight_q").shape[0], packed)
 
     def dequantize(self, module: nn.Module, dtype: torch.dtype = torch.float32) -> Tensor:
         return self._widen(*self._stored(module)).to(dtype)
 
     def embed(self, module: nn.Module, ids: Tensor) -> Tensor:
         if module.compute_dtype == torch.float32 and cpu.takes_ids(ids):
-            packed = self._packed(module)
+            packed = self.packed(module)
             if packed is not None:
                 return packed.gather(ids)
         values, scale, offset = self._stored(module)
@@ -84,13 +84,13 @@ class GGUFBlocks(LinearScheme):
         offset = module.get_parameter("weight_offset") if self.block.has_offsets else None
         return module.get_parameter("weight_q"), module.get_parameter("weight_scale"), offset
 
-    def _packed(self, module: nn.Module) -> cpu.PackedWeight | None:
+    def packed(self, module: nn.Module) -> cpu.PackedWeight | None:
         values, scale, offset = self._stored(module)
         shift = self.block.zero_point
         return cpu.packed(module, values, lambda: cpu.StoredWeight(values, scale, offsets=offset, shift=shift))
 
     def rows(self, module: nn.Module) -> WeightRows:
-        return self._rows(module, self._packed(module))
+        return self._rows(module, self.packed(module))
 
     def _rows(self, module: nn.Module, packed: cpu.PackedWeight | None) -> WeightRows:
         values, scale, offset = self._stored(module)

@@ -70,7 +70,7 @@ class Int4Grouped(LinearScheme):
             zero = unpack_outputs(module.get_parameter("weight_zero_point").data, scale.shape[0], 4).to(scale.dtype)
             del module.weight_zero_point
             module.register_buffer("zero_point", zero, persistent=False)
-        if packed.device.type != "cpu" or self._packed(module) is not None:
+        if packed.device.type != "cpu" or self.packed(module) is not None:
             return
         unpacked = unpack_int4(packed, scale.shape[1] * self.group_size)
         if scale.dtype == torch.bfloat16:
@@ -81,8 +81,7 @@ class Int4Grouped(LinearScheme):
             del module.weight_packed
             module.register_buffer("weight_int8", unpacked, persistent=False)
 
-    def _packed(self, module: nn.Module) -> cpu.PackedWeight | None:
-        """The module's weight as our kernels read it."""
+    def packed(self, module: nn.Module) -> cpu.PackedWeight | None:
         words = module._parameters.get("weight_packed")
         if words is None:
             return None
@@ -96,9 +95,9 @@ class Int4Grouped(LinearScheme):
 
             if grouped_rows.takes(x):
                 return grouped_rows.linear(x, values.view(torch.uint8), scale, zero=zero, shift=8)
-        if cpu.takes_rounded(x) and (packed := self._packed(module)) is not None:
+        if cpu.takes_rounded(x) and (packed := self.packed(module)) is not None:
             return packed.linear(x, rounds=True)
-        if cpu.takes_rows(x, cpu.MAX_ROWS_OF_INTEGERS) and (packed := self._packed(module)) is not None:
+        if cpu.takes_rows(x, cpu.MAX_ROWS_OF_INTEGERS) and (packed := self.packed(module)) is not None:
             return packed.linear(x)
         num_rows = x.numel() // x.shape[-1]
         if (
@@ -111,13 +110,13 @@ class Int4Grouped(LinearScheme):
             flat = x.reshape(num_rows, x.shape[-1])
             y: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(flat, kernel, self.group_size, scale_and_zero)
             return y.view(*x.shape[:-1], y.shape[-1])
-        return quantized_linear(x, self.rows(module), scale.shape[0])
+        return quantized_linear(x, self.rows(module), scale.shape[0], self.packed(module))
 
     def dequantize(self, module: nn.Module, dtype: torch.dtype = torch.float32) -> Tensor:
         return self._widen(*self._stored(module), dtype)
 
     def embed(self, module: nn.Module, ids: Tensor) -> Tensor:
-        packed = self._packed(module) if cpu.takes_ids(ids) else None
+        packed = self.packed(module) if cpu.takes_ids(ids) else None
         values, scale, zero = self._stored(module)
         if packed is not None and scale.dtype == torch.float32:
             return packed.gather(ids)
@@ -125,7 +124,7 @@ class Int4Grouped(LinearScheme):
 
     def rows(self, module: nn.Module) -> WeightRows:
         values, scale, zero = self._stored(module)
-        packed = self._packed(module)
+        packed = self.packed(module)
 
         def rows(start: int, end: int, dtype: torch.dtype) -> Tensor:
             if packed is not None and dtype == torch.float32:

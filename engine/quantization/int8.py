@@ -67,7 +67,7 @@ class Int8PerChannel(LinearScheme):
 
             if int8_rows.takes(x):
                 return int8_rows.linear(x, weight, scale)
-        packed = cpu.packed(module, weight, lambda: cpu.StoredWeight(weight, scale))
+        packed = self.packed(module)
         if packed is not None and cpu.takes_rounded(x):
             return packed.linear(x, rounds=True)
         if packed is not None and cpu.takes_rows(x, cpu.MAX_ROWS_OF_INTEGERS):
@@ -82,7 +82,7 @@ class Int8PerChannel(LinearScheme):
             flat = x.reshape(num_rows, x.shape[-1])
             y: Tensor = torch.ops.aten._weight_int8pack_mm(flat, weight, scale.view(-1))
             return y.view(*x.shape[:-1], y.shape[-1])
-        return quantized_linear(x, _rows(weight, scale, packed), weight.shape[0])
+        return quantized_linear(x, _rows(weight, scale, packed), weight.shape[0], packed)
 
     def dequantize(self, module: nn.Module, dtype: torch.dtype = torch.float32) -> Tensor:
         weight, scale = module.get_parameter("weight"), module.get_parameter("weight_scale")
@@ -90,12 +90,16 @@ class Int8PerChannel(LinearScheme):
 
     def rows(self, module: nn.Module) -> WeightRows:
         weight, scale = module.get_parameter("weight"), module.get_parameter("weight_scale")
-        return _rows(weight, scale, cpu.packed(module, weight, lambda: cpu.StoredWeight(weight, scale)))
+        return _rows(weight, scale, self.packed(module))
+
+    def packed(self, module: nn.Module) -> cpu.PackedWeight | None:
+        weight, scale = module.get_parameter("weight"), module.get_parameter("weight_scale")
+        return cpu.packed(module, weight, lambda: cpu.StoredWeight(weight, scale))
 
     def embed(self, module: nn.Module, ids: Tensor) -> Tensor:
         weight, scale = module.get_parameter("weight"), module.get_parameter("weight_scale")
         if scale.dtype == torch.float32 and cpu.takes_ids(ids):
-            packed = cpu.packed(module, weight, lambda: cpu.StoredWeight(weight, scale))
+            packed = self.packed(module)
             if packed is not None:
                 return packed.gather(ids)
         return weight[ids].to(scale.dtype) * scale[ids]

@@ -1,6 +1,7 @@
 """How far from its base an adapter may go: KL divergence on probe prompts, and optimizer steps kept within a limit.
 
-Both models run over the probes on the path that serves, with logits of a bounded number of positions at a time.
+Both models run over the probes on the path that serves, with logits of a bounded number of positions at a time. They
+multiply by floats even where serving rounds activations: the roundings of two models differ by more than small steps.
 Proof: tests/engine/test_adaptation.py.
 """
 

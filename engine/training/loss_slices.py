@@ -45,7 +45,7 @@ def nll_slices(
     vocab_size: int,
     *,
     gradient: bool,
-    autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
+    numerics: Callable[[], AbstractContextManager[object]] = nullcontext,
     chunk_bytes: int = LOGITS_CHUNK_BYTES,
     part_elements: int | None = None,
 ) -> Generator[Pause, None, Loss]:
@@ -55,7 +55,7 @@ def nll_slices(
         hidden: [N, D]; its graph is not touched.
         targets: [N] int64.
         gradient: whether to form that of ``hidden``.
-        autocast: entered around each product with the head.
+        numerics: entered around each product with the head.
         chunk_bytes: at most so many bytes of float32 logits exist at a time.
         part_elements: of the head in one piece; None: as many as HEAD_PIECE_PRODUCTS allow.
     """
@@ -65,7 +65,7 @@ def nll_slices(
     gradients = torch.empty_like(hidden) if gradient else None
     for start in range(0, len(hidden), rows):
         chunk = slice(start, start + rows)
-        chunk_loss = _chunk(hidden[chunk].detach(), targets[chunk], head, vocab_size, gradient, autocast, part_elements)
+        chunk_loss = _chunk(hidden[chunk].detach(), targets[chunk], head, vocab_size, gradient, numerics, part_elements)
         nll, formed = yield from chunk_loss
         total += nll
         if gradients is not None and formed is not None:
@@ -87,7 +87,7 @@ def _chunk(
     head: HeadPart,
     vocab_size: int,
     gradient: bool,
-    autocast: Callable[[], AbstractContextManager[object]],
+    numerics: Callable[[], AbstractContextManager[object]],
     part_elements: int | None,
 ) -> Generator[Pause, None, Loss]:
     num, width = hidden.shape
@@ -97,7 +97,7 @@ def _chunk(
     edges = []
     for start, end in parts:
         yield Pause("head", num)
-        with torch.set_grad_enabled(gradient), autocast():
+        with torch.set_grad_enabled(gradient), numerics():
             part = head(hidden, start, end)
         logits[:, start:end] = part.detach()
         if gradient:

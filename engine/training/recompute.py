@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from engine.context import ForwardContext
+from engine.ops import cpu
 
 
 class RecomputedLayers:
@@ -27,19 +28,21 @@ class RecomputedLayers:
             return layer(x, ctx, *args)  # type: ignore[no-any-return]
         generator = self._generator
         begins_with = None if generator is None else generator.get_state()
+        rounds = cpu.allows_int8_activations()  # torch's checkpoint restores autocast, and knows nothing of this
         is_first = True
 
         def run(x: Tensor) -> Tensor:
             nonlocal is_first
-            if is_first or generator is None or begins_with is None:
-                is_first = False
-                return layer(x, ctx, *args)  # type: ignore[no-any-return]
-            present = generator.get_state()
-            generator.set_state(begins_with)
-            try:
-                return layer(x, ctx, *args)  # type: ignore[no-any-return]
-            finally:  # the next micro-batch goes on from where this one's forward ended
-                generator.set_state(present)
+            with cpu.int8_activations(rounds):
+                if is_first or generator is None or begins_with is None:
+                    is_first = False
+                    return layer(x, ctx, *args)  # type: ignore[no-any-return]
+                present = generator.get_state()
+                generator.set_state(begins_with)
+                try:
+                    return layer(x, ctx, *args)  # type: ignore[no-any-return]
+                finally:  # the next micro-batch goes on from where this one's forward ended
+                    generator.set_state(present)
 
         # All that is drawn comes from the generator, so torch need not keep the states of its global ones.
         out: Tensor = checkpoint(run, x, use_reentrant=False, preserve_rng_state=False)

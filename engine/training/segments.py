@@ -29,7 +29,7 @@ class Segments:
     """One forward and, after it, at most one backward.
 
     Args:
-        autocast: entered around the forward of each segment.
+        numerics: entered around the forward of each segment.
         is_serving: whether layers are to be cut further.
     """
 
@@ -38,13 +38,13 @@ class Segments:
         model: CausalLM,
         token_ids: Tensor,
         ctx: ForwardContext,
-        autocast: Callable[[], AbstractContextManager[object]],
+        numerics: Callable[[], AbstractContextManager[object]],
         is_serving: Callable[[], bool],
     ) -> None:
         self._model = model
         self._token_ids = token_ids
         self._ctx = ctx
-        self._autocast = autocast
+        self._numerics = numerics
         self._is_serving = is_serving
         self._graphs: list[tuple[State, State, str]] = []
 
@@ -57,7 +57,7 @@ class Segments:
         """
         num_tokens = len(self._token_ids)
         yield Pause("forward", num_tokens)
-        with torch.set_grad_enabled(gradients), self._autocast():
+        with torch.set_grad_enabled(gradients), self._numerics():
             stages = StagedForward(self._model, self._token_ids, self._ctx)
         state: State = (stages.x,)
         for index in range(len(stages)):
@@ -78,7 +78,7 @@ class Segments:
     def _segment(self, state: State, run: Stage, gradients: bool, name: str) -> State:
         # Below the first adapted layer nothing needs a gradient, and no backward goes there.
         leaves = tuple(x.detach().requires_grad_(x.requires_grad) for x in state)
-        with torch.set_grad_enabled(gradients), self._autocast():
+        with torch.set_grad_enabled(gradients), self._numerics():
             outputs = run(leaves)
         if any(y.requires_grad for y in outputs):
             self._graphs.append((leaves, outputs, name))

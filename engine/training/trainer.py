@@ -37,12 +37,13 @@ from engine.training.adaptation import BoundedSteps
 from engine.training.batching import BatchOrder, MicroBatch, micro_batches
 from engine.training.checkpoint import Checkpoints
 from engine.training.dataset import Example, read_dataset
-from engine.training.forward import TrainingForward, accepted_difference, forward_difference, probe, resolve_dtype
+from engine.training.forward import TrainingForward, resolve_dtype
 from engine.training.lora_init import masters
 from engine.training.optimizer import Optimizer, learning_rate
 from engine.training.params import validate_params
 from engine.training.passes import accumulate_gradients, mean_nll
 from engine.training.progress import Progress, peak_memory_bytes, reset_peak_memory
+from engine.training.proof import probe, prove_forward
 from engine.training.seeds import derive_seed
 from engine.training.setup import begin_or_resume, load_masters, plan_steps, validate_dataset
 
@@ -148,14 +149,9 @@ class _Run:
         """Refuses to train where the training forward is not the serving forward."""
         batches = self._batches(self._batch(self._state.step + 1), self._params.gradient_accumulation_steps)
         adapter = probe(self._adapter, self._params.seed)
-        difference, largest = yield from forward_difference(self._forward, self._loaded, batches, adapter)
-        accepted = accepted_difference(self._params.forward_tolerance, self._forward.dtype, largest)
-        if not difference <= accepted:  # NaN is refused as well
-            raise TrainingError(
-                f"training and serving forward differ by {difference:.3g} in a logit on the first batch; accepted: "
-                f"{accepted:.3g} (forward_tolerance is {self._params.forward_tolerance:.3g})",
-                reason="FORWARD_MISMATCH",
-            )
+        difference = yield from prove_forward(
+            self._forward, self._loaded, batches, adapter, self._params.forward_tolerance
+        )
         train = self._dataset.train
         modules, parameters = kinds(self._adapter.modules, self._loaded.model.lora_targets())
         yield TrainStarted(

@@ -18,8 +18,9 @@ from engine.jobs import LoRAParams
 from engine.lora.adapter import Adapter, LoRABatch
 from engine.models.base import CausalLM
 from engine.training.batching import MicroBatch
-from engine.training.forward import TrainingForward, forward_difference, probe
+from engine.training.forward import TrainingForward
 from engine.training.lora_init import new_adapter
+from engine.training.proof import forward_difference, probe
 from engine.training.seeds import derive_seed
 from engine.verification.figures import Measured
 

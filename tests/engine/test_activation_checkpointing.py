@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from engine.core.loaded import LoadedModel
-from engine.jobs import LoRAParams, TrainCheckpoint
+from engine.jobs import LoRAParams, TokenizedExample, TrainCheckpoint
+from engine.ops import cpu
 from engine.training.batching import MicroBatch
 from engine.training.dataset import Examples
 from engine.training.forward import TrainingForward
@@ -19,6 +20,7 @@ from engine.training.lora_init import masters, new_adapter
 from engine.training.passes import accumulate_gradients
 from engine.training.trainer import train
 from tests.allocations import Allocations
+from tests.engine.test_gguf_weights import write as write_blocks
 from tests.tiny import save_tiny_hybrid, save_tiny_llama
 from tests.training_runs import events_of, load_tiny, losses, make_spec, random_examples
 
@@ -54,7 +56,9 @@ FAMILIES: dict[str, Callable[[Path], Path]] = {
 }
 
 
-def gradients(loaded: LoadedModel, *, recomputes: bool, dropout: float) -> tuple[float, dict[str, Tensor], int]:
+def gradients(
+    loaded: LoadedModel, *, recomputes: bool, dropout: float, of: Sequence[TokenizedExample] = EXAMPLES
+) -> tuple[float, dict[str, Tensor], int]:
     """Loss and gradients of two micro-batches that share a generator, and the peak of memory."""
     adapter = new_adapter("a", loaded.model.linears(), LoRAParams(rank=4, dropout=dropout), 0, "cpu")
     parameters = masters(adapter)
@@ -62,7 +66,7 @@ def gradients(loaded: LoadedModel, *, recomputes: bool, dropout: float) -> tuple
     with torch.no_grad():
         for parameter in parameters.values():
             parameter.normal_(0.0, 0.05, generator=filler)  # with B = 0, A has no gradient
-    examples = Examples.of(EXAMPLES)
+    examples = Examples.of(of)
     batches = [MicroBatch.of(examples[:2]), MicroBatch.of(examples[2:])]
     forward = TrainingForward(loaded, torch.float32, recomputes=recomputes)
     generator = torch.Generator().manual_seed(2)
@@ -93,6 +97,21 @@ def test_gradients_are_the_same_to_the_bit(tmp_path: Path, family: str, dropout:
         assert gradient.abs().max() > 0, name
         assert torch.equal(gradient, recomputed[name]), name
     assert recomputed_bytes < 0.7 * kept_bytes, (recomputed_bytes, kept_bytes)
+
+
+@pytest.mark.skipif(not cpu.available(), reason="the CPU kernels were not built or this CPU lacks AVX2")
+def test_layers_that_run_again_round_activations_as_before(tmp_path: Path) -> None:
+    """The backward, which runs them, is outside of the block that allows it."""
+    path, examples = write_blocks(tmp_path, "Q4_1"), random_examples([9, 24, 33, 30], vocab_size=32)
+    results = []
+    for quantization in ("auto", "off"):
+        loaded = load_tiny(path, tmp_path / "state", activation_quantization=quantization)
+        loss, kept, _ = gradients(loaded, recomputes=False, dropout=0.3, of=examples)
+        again, recomputed, _ = gradients(loaded, recomputes=True, dropout=0.3, of=examples)
+        assert loss == again
+        assert all(torch.equal(gradient, recomputed[name]) for name, gradient in kept.items())
+        results.append(kept)
+    assert not any(torch.equal(gradient, results[1][name]) for name, gradient in results[0].items())
 
 
 def test_a_run_with_it_is_the_run_without(tiny_hybrid: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Serving and scoring round activations where the configuration allows it; training and its checks never do."""
+"""Serving, scoring and training round activations where the configuration allows it."""
 
 from __future__ import annotations
 
@@ -12,11 +12,16 @@ from engine.config import EngineConfig
 from engine.core.chunked import chunked_hidden, serving_logits
 from engine.core.loaded import LoadedModel
 from engine.engine import Engine
+from engine.errors import TrainingError
 from engine.evaluation.perplexity import perplexity
-from engine.jobs import EmbedSpec, PerplexityFinished, PerplexitySpec, TrainFinished
-from engine.ops import cpu
+from engine.jobs import EmbedSpec, LoRAParams, PerplexityFinished, PerplexitySpec, TrainFinished
+from engine.ops import cpu, quantized
 from engine.ops.cpu import PackedWeight, gemm
 from engine.request import Request, SamplingParams
+from engine.training import loss_slices
+from engine.training.forward import TrainingForward
+from engine.training.lora_init import new_adapter
+from engine.verification.forwards import micro_batch
 from tests.engine.test_gguf_weights import IDS, write
 from tests.training_runs import events_of, make_spec, random_examples
 
@@ -125,9 +130,67 @@ def test_serving_and_scoring_round(tmp_path: Path, calls: list[int]) -> None:
     assert calls
 
 
-def test_training_multiplies_by_floats(tmp_path: Path, calls: list[int]) -> None:
-    """Its own check of the trained forward against the serving one included, which finds no difference."""
+def training_logits(loaded: LoadedModel, sequences: list[list[int]]) -> Tensor:
+    """Of all tokens, through training's forward and its head in parts."""
+    forward = TrainingForward(loaded, torch.float32)
+    adapter = new_adapter("a", loaded.model.linears(), LoRAParams(rank=4), 0, "cpu")
+    with torch.enable_grad():
+        hidden = forward.hidden(micro_batch(sequences), adapter)
+    vocab_size = loaded.config.vocab_size
+    parts = [forward.logits_part(hidden, start, start + 8) for start in range(0, vocab_size, 8)]
+    return torch.cat(parts, dim=-1).detach()
+
+
+def test_training_computes_what_serving_does(tmp_path: Path, calls: list[int]) -> None:
+    """The forward with gradients: by the same integers, and by floats where those are wanted."""
+    path = write(tmp_path, "Q4_1")
+    sequences = [IDS, IDS[7:20]]
+    for how in (("auto",), ("off",), ("auto", "float32")):
+        loaded = load(path, *how)
+        served = torch.cat(serving_logits(loaded, sequences))
+        rounds = bool(calls)
+        calls.clear()
+        trained = training_logits(loaded, sequences)
+        assert bool(calls) == rounds == (how == ("auto",))
+        calls.clear()
+        assert (trained - served).abs().max() <= (1e-2 if rounds else 1e-5) * served.abs().max()
+        assert (trained - served).abs().median() <= 1e-6 * served.abs().max()
+
+
+def test_a_run_rounds_where_serving_does(tmp_path: Path, calls: list[int]) -> None:
+    """To its end, its own proof of the forward included; what it learns is what it learns by floats."""
+    path, examples = write(tmp_path, "Q8_0"), random_examples([30, 25], vocab_size=32)
+    num_tokens = sum(len(example.token_ids) for example in examples)
+    last = {}
+    for quantization in ("auto", "off"):
+        loaded = load(path, quantization, state_dir=tmp_path / f"state-{quantization}")
+        spec = make_spec(tmp_path / quantization, examples, examples, max_steps=3, max_seq_len=32)
+        finished = events_of(spec, loaded)[-1]
+        assert isinstance(finished, TrainFinished)
+        assert finished.final_nll is not None
+        last[quantization] = finished.final_nll
+        assert (num_tokens in calls) == (quantization == "auto")
+        calls.clear()
+    assert last["auto"] != last["off"]
+    assert last["auto"] == pytest.approx(last["off"], rel=0.02)
+
+
+@pytest.mark.parametrize("broken", ["a product by floats", "a part of the head"])
+def test_a_product_that_differs_from_that_of_serving_is_refused(
+    tmp_path: Path, broken: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though the forwards agree where both multiply by floats."""
     loaded = load(write(tmp_path, "Q8_0"), "auto", state_dir=tmp_path / "state")
-    finished = events_of(make_spec(tmp_path / "run", random_examples([30, 25], vocab_size=32), max_steps=3), loaded)[-1]
-    assert isinstance(finished, TrainFinished)
-    assert calls == []
+    if broken == "a product by floats":
+        forward = quantized._forward
+        monkeypatch.setattr(quantized, "_forward", lambda x, rows, out, packed: forward(x, rows, out, None))
+        name = "q_proj"
+    else:
+        part = PackedWeight.part
+        monkeypatch.setattr(PackedWeight, "part", lambda packed, start, end: part(packed, 0, end - start))
+        monkeypatch.setattr(loss_slices, "HEAD_PIECE_PRODUCTS", 1)
+        monkeypatch.setattr(loss_slices, "MIN_PART_ELEMENTS", 1)
+        name = "lm_head|embed_tokens"
+    with pytest.raises(TrainingError, match=f"multiply differently by .*({name})") as caught:
+        events_of(make_spec(tmp_path / "run", random_examples([30, 25], vocab_size=32)), loaded)
+    assert caught.value.reason == "FORWARD_MISMATCH"

@@ -359,8 +359,9 @@ def test_packing_does_not_leak_between_examples(loaded: LoadedModel, tmp_path: P
     """Examples packed into one forward give the hidden states and the gradients of forwards of their own; changing one
     example leaves the states of the others as they were, bit for bit."""
     from engine.training.batching import MicroBatch
-    from engine.training.forward import TrainingForward, probe
+    from engine.training.forward import TrainingForward
     from engine.training.lora_init import new_adapter
+    from engine.training.proof import probe
 
     forward = TrainingForward(loaded, torch.float32)
     adapter = probe(new_adapter("tone", loaded.model.linears(), LoRAParams(), 0, "cpu"), 0)

@@ -24,7 +24,7 @@ from engine.ops.cpu.calls import (
     tiled_attention,
 )
 from engine.ops.cpu.encoder import bias_activation, layer_norm
-from engine.ops.cpu.gemm import int8_activations, takes_rounded, with_int8_activations
+from engine.ops.cpu.gemm import allows_int8_activations, int8_activations, takes_rounded, with_int8_activations
 from engine.ops.cpu.library import LEVELS, Arena, Program, available, capture, level, set_num_threads, takes
 from engine.ops.cpu.likelihood import token_nll
 from engine.ops.cpu.weights import (
@@ -51,6 +51,7 @@ __all__ = [
     "Program",
     "StoredWeight",
     "add",
+    "allows_int8_activations",
     "available",
     "bias_activation",
     "capture",

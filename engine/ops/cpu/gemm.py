@@ -9,8 +9,8 @@ On one thread of a Zen 3 (AVX2; shapes of SmolLM2-135M and Qwen3.5-0.8B) it take
 for weights of 8 and 4 bits: with 512 rows 0.7 and 0.4 (torch, of the widened weight); with 2 to 32 rows half and less;
 with one row 0.5 to 0.9 and 0.5.
 
-It is used within ``int8_activations`` alone, which serving and scoring enter where the engine's configuration allows
-it. Training, and what training is compared with, multiplies by floats.
+It is used within ``int8_activations`` alone, which serving, scoring and the forward of training enter where the
+engine's configuration allows it. Gradients are of the product by floats (engine.ops.quantized).
 
 Shapes: M rows of x, K inputs, N outputs, g group size.
 """
@@ -79,6 +79,11 @@ def with_int8_activations(allowed: bool, items: Iterable[T]) -> Iterator[T]:
 def level() -> str:
     """Instructions that the products use on this machine: one of LEVELS."""
     return LEVELS[0] if library._library is None else LEVELS[library._library.whet_cpu_gemm_level()]
+
+
+def allows_int8_activations() -> bool:
+    """Whether this thread is within such a block that allows it."""
+    return _state.allowed
 
 
 def takes_rounded(x: Tensor) -> bool:

@@ -143,7 +143,7 @@ class PackedWeight:
         self.inputs = inputs
         self.outputs = weight.data.shape[0]
         self.address = weight.data.data_ptr()
-        self._tensors = weight.tensors()
+        self._weight = weight
         self._struct = struct = _Weight()
         struct.data, struct.rows, struct.shift = self.address, self.outputs, weight.shift
         struct.storage = _STORAGE[weight.data.dtype]
@@ -160,6 +160,13 @@ class PackedWeight:
 
     def __reduce__(self) -> tuple[type[None], tuple[()]]:
         return type(None), ()
+
+    def part(self, start: int, end: int) -> PackedWeight:
+        """Rows [start, end) as a weight of its own, over the same memory; y of it is those columns of y, to the bit."""
+        data, *others = self._weight.data, self._weight.scales, self._weight.zeros, self._weight.offsets
+        scales, zeros, offsets = (None if tensor is None else tensor[start:end] for tensor in others)
+        weight = StoredWeight(data[start:end], scales, zeros, offsets, self._weight.shift)
+        return PackedWeight(weight, self.inputs)
 
     def linear(self, x: Tensor, *, rounds: bool = False) -> Tensor:
         """x [..., K] float32 times the weight transposed: [..., N] float32. No gradient.
