@@ -10,9 +10,11 @@ Shapes: T tokens, S sequences, H heads, R rotated dimensions (head_dim * partial
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from engine.config import RopeConfig
 from engine.context import ForwardContext
@@ -158,9 +160,32 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         return kernels.apply_rope(x, cos, sin)
     if cpu.takes(x, cos, sin):
         return cpu.rope(x, cos, sin)
+    if x.is_cpu and x.requires_grad and torch.is_grad_enabled():
+        return _Rotation.apply(x, cos, sin)  # type: ignore[no-any-return, no-untyped-call]
+    return apply_rope_reference(x, cos, sin)
+
+
+def apply_rope_reference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """See ``apply_rope``."""
     rotary_dim = cos.shape[-1]
     cos, sin = cos[:, None].to(x.dtype), sin[:, None].to(x.dtype)
     rotated = x[..., :rotary_dim]
     first, second = rotated.chunk(2, dim=-1)
     rotated = rotated * cos + torch.cat((-second, first), dim=-1) * sin
     return rotated if rotary_dim == x.shape[-1] else torch.cat((rotated, x[..., rotary_dim:]), dim=-1)
+
+
+class _Rotation(torch.autograd.Function):
+    """The gradient of a rotation is the rotation by the opposite angle; nothing of x is kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return cpu.rope(x, cos, sin) if cpu.takes(x, cos, sin) else apply_rope_reference(x, cos, sin)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        sin = -sin
+        return cpu.rope(grad, cos, sin) if cpu.takes(grad, cos) else apply_rope_reference(grad, cos, sin), None, None

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engine.context import ForwardContext, PagedCache
-from engine.ops import cpu
+from engine.ops import causal_attention, cpu
 from engine.ops.backends import uses_triton_forward
 from engine.ops.transfer import to_device
 
@@ -71,6 +71,9 @@ def attention(
     if softcap is None and q.shape[2] <= cpu.MAX_WIDTH and cpu.takes(q, k, v, *cached):
         return _by_cpu_kernels(q, k, v, ctx, layer_index, scale, window)
     if ctx.cache is None:
+        whole = window is None or window >= max(ctx.seq_lens())
+        if ctx.causal and softcap is None and whole and causal_attention.takes(q, k, v):
+            return causal_attention.causal_attention(q, k, v, _starts_and_lens(ctx)[0], scale)
         return _uncached(q, k, v, ctx, scale, window, softcap)
     assert ctx.slot_mapping is not None
     assert ctx.block_tables is not None

@@ -47,10 +47,19 @@ def gated_activation(gate: Tensor, up: Tensor, name: str) -> Tensor:
         if name in kernels.ACTIVATIONS:
             return kernels.gated_activation(gate, up, name)
     same = gate.shape == up.shape and gate.dtype == up.dtype
-    if same and name in fused_gradients.SLOPES and fused_gradients.takes(gate, up):
+    if (
+        same
+        and name in fused_gradients.SLOPES
+        and (fused_gradients.takes(gate, up) or fused_gradients.takes_on_cpu(gate, up))
+    ):
         return fused_gradients.gated_activation(gate, up, name)
     if gate.shape == up.shape and name in cpu.ACTIVATIONS and cpu.takes(gate, up):
         return cpu.gated_activation(gate, up, name)
+    return gated_activation_reference(gate, up, name)
+
+
+def gated_activation_reference(gate: Tensor, up: Tensor, name: str) -> Tensor:
+    """See ``gated_activation``."""
     return ACTIVATIONS[name](gate) * up
 
 

@@ -1,5 +1,5 @@
-"""Norms and gated activations with backwards of their own, as training on CUDA takes them: one launch forward and one
-backward, and nothing kept but what came in.
+"""Norms and gated activations with backwards of their own, as training takes them on CUDA, and the activations on the
+CPU: one launch or pass forward and one backward, and nothing kept but what came in.
 
 Each is a kernel where there are kernels for the device, and else the formula, which is the kernel's reference. Weights
 are frozen: what wants a gradient for one takes autograd's way. Proof: tests/unit/test_function_gradients.py for the
@@ -17,12 +17,21 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from engine.ops import cpu
 from engine.ops.backends import uses_triton
 
 
 def takes(x: Tensor, *others: Tensor) -> bool:
     """Whether kernels compute from x and the others, with gradients or without."""
     return uses_triton(x.device) and x.dtype != torch.float64 and all(t.device == x.device for t in others)
+
+
+def takes_on_cpu(*tensors: Tensor) -> bool:
+    """Whether the CPU kernels compute from these, of which one wants a gradient."""
+    if not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)):
+        return False
+    with torch.no_grad():
+        return cpu.takes(*tensors)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, *, shifted: bool = False, gate: Tensor | None = None) -> Tensor:
@@ -122,6 +131,8 @@ class _GatedActivation(torch.autograd.Function):
             from engine.ops.triton import gated_activation as kernels
 
             return kernels.gated_activation(gate, up, name)
+        if cpu.takes(gate, up):
+            return cpu.gated_activation(gate, up, name)
         wide = gate if gate.dtype == torch.float64 else gate.float()
         return (SLOPES[name](wide)[0] * up).to(gate.dtype)
 
@@ -133,5 +144,7 @@ class _GatedActivation(torch.autograd.Function):
             from engine.ops.triton import gated_activation as kernels
 
             return *kernels.gated_activation_backward(gate, up, grad, ctx.activation), None
+        if cpu.takes(gate, up, grad):
+            return *cpu.gated_activation_gradient(gate, up, grad, ctx.activation), None
         value, slope = SLOPES[ctx.activation](gate if gate.dtype == torch.float64 else gate.float())
         return (slope * up * grad).to(gate.dtype), (value * grad).to(up.dtype), None

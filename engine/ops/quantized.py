@@ -9,7 +9,7 @@ weights than serving does.
 Where the CPU kernels may round x to int8 (engine.ops.cpu.gemm), the forward is their product of integers, the one that
 serving computes. The backward is that of the product by floats all the same: the gradient of x is exact for the stored
 W, and the rounding of x, whose derivative is zero almost everywhere, counts as the identity (the straight-through
-estimator, arXiv:1308.3432). Proof: tests/unit/test_quantized_linear.py.
+estimator, arXiv:1308.3432). Proof: tests/unit/test_rounded_training.py.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ def quantized_linear(x: Tensor, rows: WeightRows, out_features: int, packed: cpu
         x: [..., I].
         rows: reads W; called again in the backward, so its tensors must not change in between.
         out_features: O.
-        packed: the same W for the CPU kernels, which multiply where x may be rounded; None: they cannot read it.
+        packed: the same W for the CPU kernels, which multiply where x may be rounded, and give the gradient in float32;
+            None: they cannot read it.
 
     Returns: [..., O] in the type of x, or of autocast where that is on; the product is that of W in that type.
     """
@@ -55,12 +56,14 @@ def quantized_linear(x: Tensor, rows: WeightRows, out_features: int, packed: cpu
 class _QuantizedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, rows: WeightRows, out_features: int, packed: cpu.PackedWeight | None) -> Tensor:
-        ctx.rows = rows
+        ctx.rows, ctx.packed = rows, packed
         return _forward(x, rows, out_features, packed)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        if ctx.packed is not None and cpu.takes(grad):
+            return ctx.packed.product_transposed(grad), None, None, None
         return _backward(grad, ctx.rows), None, None, None
 
 

@@ -4,7 +4,8 @@
 
 with count D for the root mean square (arXiv:1910.07467) and 1 for the length. ``root_norm_reference`` is that in
 plain operations; ``root_norm`` computes the same with fewer, and has a backward of its own that keeps x and r alone
-where autograd keeps five tensors of the size of x. Proof: tests/unit/test_norm.py.
+where autograd keeps five tensors of the size of x. On the CPU the root mean square has kernels for both directions,
+those of serving in the forward. Proof: tests/unit/test_norm.py and test_cpu_gradients.py.
 
 Shapes: D the last axis.
 """
@@ -16,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from engine.ops import cpu
 
 
 def root_norm_reference(x: Tensor, weight: Tensor | None, *, count: int, eps: float, scale: float = 1.0) -> Tensor:
@@ -57,15 +60,20 @@ class _RootNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor | None, count: int, eps: float, scale: float) -> Tensor:
+        ctx.count, ctx.eps, ctx.scale = count, eps, scale
+        if weight is not None and count == x.shape[-1] and scale == 1.0 and cpu.takes(x, weight):
+            ctx.save_for_backward(x, None, weight)
+            return cpu.rms_norm(x, weight, eps, shifted=False)
         inverse = _inverse_root(x, count, eps)
         ctx.save_for_backward(x, inverse, weight)
-        ctx.count, ctx.scale = count, scale
         return _scaled(x, inverse, weight, scale)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
         x, inverse, weight = ctx.saved_tensors
+        if inverse is None:
+            return cpu.rms_norm_gradient(x, weight, grad, ctx.eps), None, None, None, None
         weighted = grad if weight is None else grad * weight
         along = (weighted * x).sum(dim=-1, keepdim=True)
         along.mul_(inverse.pow(3)).mul_(-ctx.scale / ctx.count)

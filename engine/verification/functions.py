@@ -13,7 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engine.config import ModelConfig
+from engine.layers.rope import apply_rope
 from engine.ops import fused_gradients, quantized
+from engine.ops.causal_attention import causal_attention
 from engine.ops.causal_conv import causal_conv
 from engine.ops.low_rank import add_low_rank
 from engine.ops.root_norm import root_norm
@@ -186,7 +188,37 @@ def low_rank_cases(config: ModelConfig) -> list[FunctionCase]:
     ]
 
 
+def rotation_cases(config: ModelConfig) -> list[FunctionCase]:
+    """All of a head rotated, and its first half."""
+    width, tokens = max(8, 2 * -(-config.head_dim // 2)), 3
+    cases = []
+    for name, rotated in (("whole", width), ("first half", 2 * -(-width // 4))):
+        angles = _random(tokens, rotated // 2, seed=17).repeat(1, 2)
+
+        def function(inputs: Mapping[str, Tensor], angles: Tensor = angles) -> Tensor:
+            return apply_rope(inputs["x"], angles.cos(), angles.sin())
+
+        cases.append(FunctionCase(name, function, {"x": _random(tokens, 2, width, seed=18)}))
+    return cases
+
+
+def causal_attention_cases(config: ModelConfig) -> list[FunctionCase]:
+    """Packed sequences, one of them a single token; query heads that share key heads, and not."""
+    starts, width = torch.tensor([0, 3, 4, 8]), config.head_dim
+    cases = []
+    for name, heads, kv_heads in (("grouped", 4, 2), ("each its own", 2, 2)):
+
+        def function(inputs: Mapping[str, Tensor]) -> Tensor:
+            return causal_attention(inputs["q"], inputs["k"], inputs["v"], starts, width**-0.5)
+
+        q, k, v = (_random(8, count, width, seed=19 + i) for i, count in enumerate((heads, kv_heads, kv_heads)))
+        cases.append(FunctionCase(name, function, {"q": q, "k": k, "v": v}))
+    return cases
+
+
 FUNCTIONS: dict[str, Cases] = {
+    "engine.layers.rope._Rotation": rotation_cases,
+    "engine.ops.causal_attention._CausalAttention": causal_attention_cases,
     "engine.ops.causal_conv._Taps": causal_conv_cases,
     "engine.ops.fused_gradients._GatedActivation": gated_activation_cases,
     "engine.ops.fused_gradients._RMSNorm": fused_norm_cases,

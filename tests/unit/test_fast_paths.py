@@ -17,6 +17,7 @@ from engine.ops.cpu.library import KINDS
 
 ROOT = Path(__file__).parents[2]
 CPU_KERNELS, CPU_OPS = "tests/unit/test_cpu_kernels.py", "tests/unit/test_cpu_ops.py"
+CPU_GRADIENTS = "tests/unit/test_cpu_gradients.py"
 TRITON = "tests/unit/test_triton_kernels.py"
 
 FAST_PATHS: dict[str, tuple[str, str]] = {
@@ -48,6 +49,12 @@ FAST_PATHS: dict[str, tuple[str, str]] = {
     "cpu layer_norm": ("torch.nn.functional.layer_norm", f"{CPU_OPS}::test_layer_norm"),
     "cpu bias_activation": ("engine.ops.elementwise.ACTIVATIONS", f"{CPU_OPS}::test_bias_and_activation"),
     "cpu token_likelihood": ("torch.nn.functional.cross_entropy", f"{CPU_OPS}::test_likelihood_of_tokens"),
+    "cpu rms_norm_gradient": ("engine.ops.root_norm.root_norm_reference", f"{CPU_GRADIENTS}::test_rms_norm"),
+    "cpu attention_gradient": ("engine.ops.attention.attention_reference", f"{CPU_GRADIENTS}::test_attention"),
+    "cpu gated_activation_gradient": (
+        "engine.ops.elementwise.gated_activation_reference",
+        f"{CPU_GRADIENTS}::test_gated_activation",
+    ),
     # Whole steps of them.
     "captured decode steps": (
         "engine.core.runner.Runner",

@@ -14,7 +14,9 @@ from torch import Tensor
 
 import engine
 from engine.config import LinearAttentionConfig, ModelConfig
+from engine.layers.rope import _Rotation
 from engine.ops import quantized
+from engine.ops.causal_attention import _CausalAttention
 from engine.ops.causal_conv import _Taps
 from engine.ops.fused_gradients import _GatedActivation, _RMSNorm
 from engine.ops.low_rank import _AddLowRank
@@ -154,6 +156,33 @@ def _changed(change: Callable[[Tensor], Tensor]) -> Wrong:
     return lambda right, args: (change((found := right(*args))[0]), *found[1:])
 
 
+def _turned(change: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> Wrong:
+    """A backward of the rotation by another angle."""
+    return lambda right, args: right(SimpleNamespace(saved_tensors=change(*args[0].saved_tensors)), args[1])
+
+
+def _of_gradients(place: int, change: Callable[[Tensor], Tensor]) -> Wrong:
+    """A backward in which one of the gradients is changed."""
+
+    def wrong(right: Any, args: Any) -> Any:
+        found = list(right(*args))
+        found[place] = change(found[place])
+        return tuple(found)
+
+    return wrong
+
+
+def _attention_saved(**changes: Callable[[Tensor], Tensor]) -> Wrong:
+    """A backward of attention that kept something else."""
+
+    def wrong(right: Any, args: Any) -> Any:
+        names = ("q", "k", "v", "out", "log_sums", "starts")
+        saved = [changes.get(name, lambda t: t)(t) for name, t in zip(names, args[0].saved_tensors, strict=True)]
+        return right(SimpleNamespace(saved_tensors=saved, scale=args[0].scale), args[1])
+
+    return wrong
+
+
 def _with_taps(change: Callable[[Tensor], Tensor]) -> Wrong:
     def wrong(right: Any, args: Any) -> Any:
         (weight,) = args[0].saved_tensors
@@ -180,6 +209,28 @@ WRONG: dict[str, dict[str, Wrong]] = {
         "gate and up exchanged": _saved_as(lambda gate, up: (up, gate)),
         "columns shifted": _changed(lambda d: d.roll(1, 1)),
         "incoming gradient forgotten": lambda right, args: right(args[0], torch.ones_like(args[1])),
+    },
+    "engine.ops.causal_attention._CausalAttention": {
+        "sign of q": _of_gradients(0, lambda d: -d),
+        "sign of k": _of_gradients(1, lambda d: -d),
+        "sign of v": _of_gradients(2, lambda d: -d),
+        "one in a thousand of q": _of_gradients(0, lambda d: 1.001 * d),
+        "one in a thousand of k": _of_gradients(1, lambda d: 1.001 * d),
+        "one in a thousand of v": _of_gradients(2, lambda d: 1.001 * d),
+        "sums forgotten": _attention_saved(log_sums=torch.zeros_like),
+        "the softmax taken as constant": _attention_saved(out=torch.zeros_like),
+        "one sequence": _attention_saved(starts=lambda starts: starts[[0, -1]]),
+        "key heads exchanged": _attention_saved(k=lambda k: k.flip(1)),
+        "tokens shifted": lambda right, args: right(args[0], args[1].roll(1, 0)),
+    },
+    "engine.layers.rope._Rotation": {
+        "sign": lambda right, args: (-right(*args)[0], None, None),
+        "one in a thousand": lambda right, args: (1.001 * right(*args)[0], None, None),
+        "turned as the forward": _turned(lambda cos, sin: (cos, -sin)),
+        "not turned": _turned(lambda cos, sin: (torch.ones_like(cos), torch.zeros_like(sin))),
+        "of the next token": _turned(lambda cos, sin: (cos.roll(1, 0), sin.roll(1, 0))),
+        "frequencies shifted": _turned(lambda cos, sin: (cos.roll(1, 1), sin.roll(1, 1))),
+        "heads shifted": lambda right, args: (right(*args)[0].roll(1, 1), None, None),
     },
     "engine.ops.causal_conv._Taps": {
         "sign": lambda right, args: (-right(*args)[0], None),
@@ -242,6 +293,8 @@ WRONG: dict[str, dict[str, Wrong]] = {
 PLACES: dict[str, tuple[object, str]] = {
     "engine.ops.fused_gradients._GatedActivation": (_GatedActivation, "backward"),
     "engine.ops.fused_gradients._RMSNorm": (_RMSNorm, "backward"),
+    "engine.layers.rope._Rotation": (_Rotation, "backward"),
+    "engine.ops.causal_attention._CausalAttention": (_CausalAttention, "backward"),
     "engine.ops.causal_conv._Taps": (_Taps, "backward"),
     "engine.ops.low_rank._AddLowRank": (_AddLowRank, "backward"),
     "engine.ops.root_norm._RootNorm": (_RootNorm, "backward"),

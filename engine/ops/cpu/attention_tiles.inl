@@ -161,6 +161,7 @@ void attend_tile(const TiledAttention& op, int64_t sequence, int64_t first, int6
     const float* from = out + row * width;
     float* to = op.out + ((start + first + row / queries) * op.heads + kv_head * queries + row % queries) * width;
     const Vec inverse = set1(1.0f / sums[row]);
+    if (op.log_sums != nullptr) op.log_sums[(to - op.out) / width] = peaks[row] + std::log(sums[row]);
     for_each_vector(width, [&](auto read, auto write) { write(to, mul(read(from), inverse)); });
   }
 }

@@ -33,14 +33,16 @@ inline Vec dot_signed(Bytes w, Bytes x) {
 #include "elementwise.inl"
 #include "encoder.inl"
 #include "likelihood.inl"
+#include "gradients.inl"
 #include "attention.inl"
 #include "attention_tiles.inl"
+#include "attention_gradient.inl"
 #include "recurrent.inl"
 #include "sequence.inl"
 
 }  // namespace
 
-const Kernels kernels{multiply_rows, kPanelRows, pack_rows, multiply_packed, round_row, multiply_rounded, widen_rows, norm_rows, rotate, activate_rows, add_rows, attend, attend_tile, convolve, advance, convolve_rows, advance_chunks, normalize_rows, bias_and_activate_rows, score_rows};
+const Kernels kernels{multiply_rows, kPanelRows, pack_rows, multiply_packed, round_row, multiply_rounded, widen_rows, norm_rows, rotate, activate_rows, add_rows, attend, attend_tile, convolve, advance, convolve_rows, advance_chunks, normalize_rows, bias_and_activate_rows, score_rows, norm_gradient_rows, activation_gradient_rows, attend_gradient};
 
 }  // namespace whet::avx512
 #endif

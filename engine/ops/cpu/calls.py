@@ -76,6 +76,18 @@ _DELTA_CHUNK, _DeltaChunk = _struct(
     **_fields(_INTEGER, "tokens key_heads value_heads key_width value_width q_stride k_stride v_stride"),
     **_fields(_FLOAT, "eps reserved"),
 )
+_RMS_NORM_GRADIENT, _RmsNormGradient = _struct(
+    "rms_norm_gradient",
+    **_fields(_POINTER, "x weight gradient out"),
+    **_fields(_INTEGER, "rows width"),
+    **_fields(_FLOAT, "eps reserved"),
+)
+_GATED_ACTIVATION_GRADIENT, _GatedActivationGradient = _struct(
+    "gated_activation_gradient",
+    **_fields(_POINTER, "gate up gradient d_gate d_up"),
+    **_fields(_INTEGER, "rows width"),
+    **_fields(_INT32, "activation reserved"),
+)
 
 MAX_TAPS = 8
 """Of ``conv``."""
@@ -85,7 +97,7 @@ CHUNK_WIDTHS = 16
 
 _TILED_ATTENTION, _TiledAttention = _struct(
     "tiled_attention",
-    **_fields(_POINTER, "q new_keys new_values slots keys values tables seq_starts kv_lens out"),
+    **_fields(_POINTER, "q new_keys new_values slots keys values tables seq_starts kv_lens out log_sums"),
     **_fields(_INTEGER, "sequences heads kv_heads width q_stride new_key_stride new_value_stride"),
     **_fields(_INTEGER, "key_stride value_stride"),
     **_fields(_INTEGER, "block_size table_stride window"),
@@ -93,11 +105,24 @@ _TILED_ATTENTION, _TiledAttention = _struct(
     **_fields(_INT32, "causal"),
 )
 
+_ATTENTION_GRADIENT, _AttentionGradient = _struct(
+    "attention_gradient",
+    **_fields(_POINTER, "q k v out gradient log_sums seq_starts d_q d_k d_v"),
+    **_fields(_INTEGER, "sequences heads kv_heads width"),
+    **_fields(_FLOAT, "scale reserved"),
+)
+
+GRADIENT_WIDTHS = 32
+"""D of ``attention_gradient`` is a multiple of it."""
+
 MAX_WIDTH = 512
 """The widest head that ``tiled_attention`` takes."""
 
 ACTIVATIONS = {"silu": 0, "swish": 0, "gelu": 1, "gelu_new": 2, "gelu_pytorch_tanh": 2, "relu": 3, "sigmoid": 4}
 """``Activation`` of kernels.h by Hugging Face ``hidden_act``."""
+
+ACTIVATIONS_WITH_GRADIENT = ("silu", "swish", "gelu_new", "gelu_pytorch_tanh", "sigmoid")
+"""Those of which ``gated_activation_gradient`` knows the derivative."""
 
 
 def _levels(x: Tensor) -> tuple[Tensor, tuple[int, int, int], tuple[int, int]]:
@@ -121,6 +146,18 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, shifted: bool, gate: Tens
         x.data_ptr(), weight.data_ptr(), pointer, out.data_ptr(), *sizes, *strides, eps, 1.0 if shifted else 0.0
     )
     call(_RMS_NORM, args, (x, weight, gate, out))
+    return out
+
+
+def rms_norm_gradient(x: Tensor, weight: Tensor, gradient: Tensor, eps: float) -> Tensor:
+    """The gradient for x [..., D] of ``rms_norm`` (not shifted, without a gate), from that of its result."""
+    x, gradient = x.contiguous(), gradient.contiguous()
+    out = empty(x.shape)
+    width = x.shape[-1]
+    args = _RmsNormGradient(
+        x.data_ptr(), weight.data_ptr(), gradient.data_ptr(), out.data_ptr(), x.numel() // width, width, eps, 0.0
+    )
+    call(_RMS_NORM_GRADIENT, args, (x, weight, gradient, out))
     return out
 
 
@@ -219,6 +256,7 @@ def tiled_attention(
     scale: float,
     causal: bool,
     window: int | None,
+    log_sums: Tensor | None = None,
 ) -> Tensor:
     """Any number of new tokens of each of S sequences attend to what their sequence has.
 
@@ -229,6 +267,7 @@ def tiled_attention(
         cache: keys and values [blocks, P, H_kv, D], contiguous; tables [S, max blocks] int32; and slots [T] int64,
             where the new tokens' go. None: sequences have nothing but the new tokens.
         window: tokens that a query sees on each side, itself included.
+        log_sums: [T, H_q], where to write the logarithm of each softmax's sum of exp(score).
     Returns: [T, H_q, D].
     """
     q, k, v = _end_to_end(q), _end_to_end(k), _end_to_end(v)
@@ -245,6 +284,7 @@ def tiled_attention(
         seq_starts.data_ptr(),
         kv_lens.data_ptr(),
         out.data_ptr(),
+        None if log_sums is None else log_sums.data_ptr(),
         len(kv_lens),
         q.shape[1],
         k.shape[1],
@@ -260,8 +300,32 @@ def tiled_attention(
         scale,
         causal,
     )
-    call(_TILED_ATTENTION, args, (q, k, v, cache, seq_starts, kv_lens, out))
+    call(_TILED_ATTENTION, args, (q, k, v, cache, seq_starts, kv_lens, out, log_sums))
     return out
+
+
+def attention_gradient(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, gradient: Tensor, log_sums: Tensor, seq_starts: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients for q, k and v of ``tiled_attention``, causal, without window and cache.
+
+    Args:
+        q, k, v, out, log_sums, seq_starts: of that; D is a multiple of GRADIENT_WIDTHS.
+        gradient: [T, H_q, D], of out.
+    """
+    q, k, v, gradient = q.contiguous(), k.contiguous(), v.contiguous(), gradient.contiguous()
+    d_q, d_k, d_v = empty(q.shape), empty(k.shape), empty(v.shape)
+    args = _AttentionGradient(
+        *(t.data_ptr() for t in (q, k, v, out, gradient, log_sums, seq_starts, d_q, d_k, d_v)),
+        len(seq_starts) - 1,
+        q.shape[1],
+        k.shape[1],
+        q.shape[2],
+        scale,
+        0.0,
+    )
+    call(_ATTENTION_GRADIENT, args, (q, k, v, out, gradient, log_sums, seq_starts, d_q, d_k, d_v))
+    return d_q, d_k, d_v
 
 
 def gated_activation(gate: Tensor, up: Tensor, activation: str) -> Tensor:
@@ -281,6 +345,26 @@ def gated_activation(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     )
     call(_GATED_ACTIVATION, args, (gate, up, out))
     return out
+
+
+def gated_activation_gradient(gate: Tensor, up: Tensor, gradient: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+    """The gradients for gate and up [..., D] of ``gated_activation``, from that of its result.
+
+    Args:
+        activation: one of ACTIVATIONS_WITH_GRADIENT.
+    """
+    gate, up, gradient = gate.contiguous(), up.contiguous(), gradient.contiguous()
+    d_gate, d_up = empty(gate.shape), empty(up.shape)
+    width = up.shape[-1]
+    args = _GatedActivationGradient(
+        *(t.data_ptr() for t in (gate, up, gradient, d_gate, d_up)),
+        up.numel() // width,
+        width,
+        ACTIVATIONS[activation],
+        0,
+    )
+    call(_GATED_ACTIVATION_GRADIENT, args, (gate, up, gradient, d_gate, d_up))
+    return d_gate, d_up
 
 
 def add(a: Tensor, b: Tensor) -> Tensor:

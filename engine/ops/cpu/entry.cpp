@@ -59,6 +59,9 @@ WHET_API int64_t whet_cpu_size(int64_t kind) {
     case whet::Kind::kConvStep: return sizeof(whet::ConvStep);
     case whet::Kind::kDeltaStep: return sizeof(whet::DeltaStep);
     case whet::Kind::kTiledAttention: return sizeof(whet::TiledAttention);
+    case whet::Kind::kRmsNormGradient: return sizeof(whet::RmsNormGradient);
+    case whet::Kind::kGatedActivationGradient: return sizeof(whet::GatedActivationGradient);
+    case whet::Kind::kAttentionGradient: return sizeof(whet::AttentionGradient);
     case whet::Kind::kConv: return sizeof(whet::Conv);
     case whet::Kind::kDeltaChunk: return sizeof(whet::DeltaChunk);
     case whet::Kind::kFloatProduct: return sizeof(whet::FloatProduct);

@@ -163,6 +163,7 @@ struct TiledAttention {
   const int64_t* seq_starts;  // [S + 1], rows of q
   const int64_t* kv_lens;     // [S], with the new tokens
   float* out;                 // [T, H_q, D]
+  float* log_sums;            // [T, H_q], of the softmaxes: the logarithm of each one's sum of exp(score); or null
   int64_t sequences, heads, kv_heads, width;
   int64_t q_stride, new_key_stride, new_value_stride;  // from token to token; heads are end to end
   int64_t key_stride, value_stride;
@@ -171,6 +172,24 @@ struct TiledAttention {
   int64_t window;  // tokens that a query sees on each side, itself included; 0: all
   float scale;
   int32_t causal;
+};
+
+// The gradients of TiledAttention for its inputs, causal, without window and cache (attention_gradient.inl). All is end to
+// end, D is a multiple of 32.
+struct AttentionGradient {
+  const float* q;             // [T, H_q, D]
+  const float* k;             // [T, H_kv, D]
+  const float* v;             // [T, H_kv, D]
+  const float* out;           // [T, H_q, D]
+  const float* gradient;      // [T, H_q, D], of out
+  const float* log_sums;      // [T, H_q]
+  const int64_t* seq_starts;  // [S + 1]
+  float* d_q;
+  float* d_k;
+  float* d_v;
+  int64_t sequences, heads, kv_heads, width;
+  float scale;
+  float reserved;
 };
 
 enum class Activation : int32_t { kSilu = 0, kGelu = 1, kGeluTanh = 2, kRelu = 3, kSigmoid = 4 };
@@ -182,6 +201,29 @@ struct GatedActivation {
   float* out;
   int64_t outer, inner, width;
   int64_t gate_outer, gate_inner, up_outer, up_inner;
+  Activation activation;
+  int32_t reserved;
+};
+
+// The gradient of RmsNorm (without a gate) for its input: rows of `width`, end to end.
+struct RmsNormGradient {
+  const float* x;
+  const float* weight;    // [width]
+  const float* gradient;  // of the output
+  float* out;
+  int64_t rows, width;
+  float eps;
+  float reserved;
+};
+
+// The gradients of GatedActivation for its inputs, of any of the activations that are smooth; rows end to end.
+struct GatedActivationGradient {
+  const float* gate;
+  const float* up;
+  const float* gradient;  // of the output
+  float* d_gate;
+  float* d_up;
+  int64_t rows, width;
   Activation activation;
   int32_t reserved;
 };
@@ -291,6 +333,7 @@ enum class Kind : int64_t {
   kLinear, kWidenRows, kGather, kRmsNorm, kRopeTable, kRope, kAttention, kGatedActivation, kAdd, kConvStep, kDeltaStep,
   kTiledAttention,
   kConv, kDeltaChunk, kFloatProduct, kLayerNorm, kBiasActivation, kTokenLikelihood,
+  kRmsNormGradient, kGatedActivationGradient, kAttentionGradient,
 };
 
 struct Op {
@@ -331,6 +374,9 @@ struct Kernels {
   void (*normalize_rows)(const LayerNorm& op, int64_t begin, int64_t end);
   void (*bias_and_activate_rows)(const BiasActivation& op, int64_t begin, int64_t end);
   void (*score_rows)(const TokenLikelihood& op, int64_t begin, int64_t end);
+  void (*norm_gradient_rows)(const RmsNormGradient& op, int64_t begin, int64_t end);
+  void (*activation_gradient_rows)(const GatedActivationGradient& op, int64_t begin, int64_t end);
+  void (*attend_gradient)(const AttentionGradient& op, int64_t sequence, int64_t kv_head);
 };
 
 namespace avx2 { extern const Kernels kernels; }

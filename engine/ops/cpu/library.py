@@ -42,6 +42,9 @@ KINDS = (
     "layer_norm",
     "bias_activation",
     "token_likelihood",
+    "rms_norm_gradient",
+    "gated_activation_gradient",
+    "attention_gradient",
 )
 """``Kind`` of kernels.h, in its order."""
 

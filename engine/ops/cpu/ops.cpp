@@ -238,6 +238,11 @@ void run(const TiledAttention& op, const Kernels& kernels) {
   });
 }
 
+void run(const AttentionGradient& op, const Kernels& kernels) {
+  in_parallel(op.sequences * op.kv_heads,
+              [&](int64_t index) { kernels.attend_gradient(op, index / op.kv_heads, index % op.kv_heads); });
+}
+
 void run(const GatedActivation& op, const Kernels& kernels) {
   // An exponential costs as much as some sums.
   over_rows(op.outer * op.inner, 4 * op.width, [&](int64_t begin, int64_t end) { kernels.activate_rows(op, begin, end); });
@@ -261,6 +266,14 @@ bool run(const TokenLikelihood& op, const Kernels& kernels) {
   if (std::any_of(op.targets, op.targets + op.rows, is_none)) return false;
   over_rows(op.rows, op.width, [&](int64_t begin, int64_t end) { kernels.score_rows(op, begin, end); });
   return true;
+}
+
+void run(const RmsNormGradient& op, const Kernels& kernels) {
+  over_rows(op.rows, 2 * op.width, [&](int64_t begin, int64_t end) { kernels.norm_gradient_rows(op, begin, end); });
+}
+
+void run(const GatedActivationGradient& op, const Kernels& kernels) {
+  over_rows(op.rows, 6 * op.width, [&](int64_t begin, int64_t end) { kernels.activation_gradient_rows(op, begin, end); });
 }
 
 void run(const ConvStep& op, const Kernels& kernels) {
@@ -323,6 +336,9 @@ Status run(const Op* ops, int64_t count, const Kernels& kernels) try {
       case Kind::kAdd: run(*static_cast<const Add*>(args), kernels); break;
       case Kind::kConvStep: run(*static_cast<const ConvStep*>(args), kernels); break;
       case Kind::kDeltaStep: run(*static_cast<const DeltaStep*>(args), kernels); break;
+      case Kind::kRmsNormGradient: run(*static_cast<const RmsNormGradient*>(args), kernels); break;
+      case Kind::kGatedActivationGradient: run(*static_cast<const GatedActivationGradient*>(args), kernels); break;
+      case Kind::kAttentionGradient: run(*static_cast<const AttentionGradient*>(args), kernels); break;
       case Kind::kConv: run(*static_cast<const Conv*>(args), kernels); break;
       case Kind::kDeltaChunk: run(*static_cast<const DeltaChunk*>(args), kernels); break;
       case Kind::kFloatProduct: run(*static_cast<const FloatProduct*>(args), kernels); break;
