@@ -56,6 +56,24 @@ inline void weigh(const float* p, const float* values, const int64_t* places, in
     for (int v = 0; v < kVecs; ++v) store(out + g * width + v * kLanes, sums[g][v]);
 }
 
+// In vectors: a chain of single numbers would take longer than their exponentials.
+inline float largest(const float* row, int64_t count) {
+  const int64_t whole = count / kLanes * kLanes;
+  Vec most = set1(row[0]);
+  for_each_vector(whole, [&](auto read, auto) { most = max(read(row), most); });
+  float lanes[kLanes], peak = row[0];
+  store(lanes, most);
+  for (const float lane : lanes) peak = std::max(peak, lane);
+  for (int64_t i = whole; i < count; ++i) peak = std::max(peak, row[i]);
+  return peak;
+}
+
+inline float total(const float* row, int64_t count) {
+  Vec sums = zero();
+  for_each_vector(count, [&](auto read, auto) { sums = add(sums, read(row)); });
+  return sum(sums);
+}
+
 // What `attend` does for kCount of the queries of one key head.
 template <int kCount>
 void attend_queries(const Attention& op, const float* q, const int64_t* places, int64_t count, float* scores, float* peaks,
@@ -75,13 +93,10 @@ void attend_queries(const Attention& op, const float* q, const int64_t* places, 
   for (int g = 0; g < kCount; ++g) {
     float* row = scores + g * count;
     for_each_vector(count, [&](auto read, auto write) { write(row, mul(read(row), set1(op.scale))); });
-    float peak = row[0];
-    for (int64_t i = 1; i < count; ++i) peak = std::max(peak, row[i]);
+    const float peak = largest(row, count);
     for_each_vector(count, [&](auto read, auto write) { write(row, exp(sub(read(row), set1(peak)))); });
-    float total = 0.0f;
-    for (int64_t i = 0; i < count; ++i) total += row[i];
     peaks[g] = peak;
-    sums[g] = total;
+    sums[g] = total(row, count);
   }
   int64_t d = 0;
   for (; d + 4 * kLanes <= width; d += 4 * kLanes)
