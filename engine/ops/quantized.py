@@ -41,8 +41,8 @@ def quantized_linear(x: Tensor, rows: WeightRows, out_features: int, packed: cpu
         x: [..., I].
         rows: reads W; called again in the backward, so its tensors must not change in between.
         out_features: O.
-        packed: the same W for the CPU kernels, which multiply where x may be rounded, and give the gradient in float32;
-            None: they cannot read it.
+        packed: the same W for the CPU kernels, which multiply by it, rounding x where they may, and give the gradient,
+            all in float32; None: they cannot read it.
 
     Returns: [..., O] in the type of x, or of autocast where that is on; the product is that of W in that type.
     """
@@ -71,6 +71,8 @@ def _forward(x: Tensor, rows: WeightRows, out_features: int, packed: cpu.PackedW
     # Gradients are off here, also where x wants one.
     if packed is not None and cpu.takes_rounded(x):
         return packed.linear(x, rounds=True)
+    if packed is not None and cpu.takes(x):
+        return packed.product(x)
     step = _chunk_rows(x, x.shape[-1])
     if step >= out_features:
         return F.linear(x, rows(0, out_features, x.dtype))

@@ -92,6 +92,7 @@ def test_products_of_many_rows_are_those_of_the_stored_values_and_so_are_their_g
             x = torch.randn(rows, len(factor) + 5)[:, 2:-3]  # rows that do not lie end to end
             scale = (x.double().abs() @ factor.abs()).max()
             assert ((multiply(x, start, end) - x.double() @ factor).abs().max() / scale) < 1e-6
+            assert multiply(x[:0], start, end).shape == (0, factor.shape[1])
     cpu.set_num_threads(1)
 
 

@@ -98,6 +98,7 @@ void run(const Op* ops, int64_t count, const Kernels& kernels, const Linear& fir
 }
 
 void run(const FloatProduct& op, const Kernels& kernels) {
+  if (op.rows == 0) return;
   const int64_t width = op.end - op.begin, columns = op.transposed != 0 ? op.inputs : width;
   const int64_t summed = op.transposed != 0 ? width : op.inputs, per_tile = kernels.panel_rows;
   const int64_t blocks = ceil_div(op.rows, kBlockRows), block = ceil_to(ceil_div(op.rows, blocks), per_tile);
