@@ -27,6 +27,7 @@ AIMS: dict[str, str] = {
     "embed": ">= 1.4",
     "hybrid_decode_1_q8": ">= 3",
     "hybrid_prefill": ">= 1.6",
+    "hybrid_prefill_q8": ">= 1.6",
     "hybrid_train_qv": ">= 1.5",
     "start": ">= 0.5",
     "start_memory": ">= 0.5",
