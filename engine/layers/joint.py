@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from engine.context import ForwardContext
 from engine.layers.linear import Linear
 from engine.ops import cpu
+from engine.ops.dense import linear
 from engine.quantization.base import UNQUANTIZED
 
 
@@ -48,7 +49,8 @@ class JointLinears:
         # And a few rows on a CPU have a kernel that reads each weight once.
         if self._weight is None or torch.is_grad_enabled() or cpu.takes_rows(x) or not self._is_current():
             return [linear(x, ctx) for linear in self._linears]
-        parts = torch.split(F.linear(x, self._weight, self._bias), self._sizes, dim=-1)
+        product = linear(x, self._weight) if self._bias is None else F.linear(x, self._weight, self._bias)
+        parts = torch.split(product, self._sizes, dim=-1)
         return [linear.add_lora(x, y, ctx) for linear, y in zip(self._linears, parts, strict=True)]
 
     def _is_current(self) -> bool:

@@ -17,6 +17,7 @@ from engine.layers.rope import apply_rope
 from engine.ops import fused_gradients, quantized
 from engine.ops.causal_attention import causal_attention
 from engine.ops.causal_conv import causal_conv
+from engine.ops.dense import MAX_ROWS, linear
 from engine.ops.low_rank import add_low_rank
 from engine.ops.root_norm import root_norm
 from engine.training.loss import chunked_cross_entropy
@@ -171,6 +172,16 @@ def causal_conv_cases(config: ModelConfig) -> list[FunctionCase]:
     ]
 
 
+def linear_cases(config: ModelConfig) -> list[FunctionCase]:
+    """By a frozen weight, of more rows than are divided."""
+    weight = _random(7, config.hidden_size, seed=23) / config.hidden_size**0.5
+
+    def function(inputs: Mapping[str, Tensor]) -> Tensor:
+        return linear(inputs["x"], weight)
+
+    return [FunctionCase("many rows", function, {"x": _random(MAX_ROWS + 1, config.hidden_size, seed=24)})]
+
+
 def low_rank_cases(config: ModelConfig) -> list[FunctionCase]:
     """Everything differentiated, as in most layers; and A and B alone, as in the first."""
     width, num_rows, rank, out_features = config.hidden_size, 5, 3, 7
@@ -220,6 +231,7 @@ FUNCTIONS: dict[str, Cases] = {
     "engine.layers.rope._Rotation": rotation_cases,
     "engine.ops.causal_attention._CausalAttention": causal_attention_cases,
     "engine.ops.causal_conv._Taps": causal_conv_cases,
+    "engine.ops.dense._Linear": linear_cases,
     "engine.ops.fused_gradients._GatedActivation": gated_activation_cases,
     "engine.ops.fused_gradients._RMSNorm": fused_norm_cases,
     "engine.ops.low_rank._AddLowRank": low_rank_cases,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from engine.ops import dense
+from engine.ops import cpu, dense
 from engine.ops.dense import linear, linear_divided, linear_reference
 
 
@@ -41,6 +41,29 @@ def test_few_rows_are_divided_and_equal(rows: int, monkeypatch: pytest.MonkeyPat
     weight = torch.randn(40, 24, generator=generator)
     torch.testing.assert_close(linear(x, weight), linear_reference(x, weight), rtol=1e-5, atol=1e-5)
     assert taken == ([] if rows == 17 else [rows in (2, 3, 4)])
+
+
+@pytest.mark.skipif(not cpu.available(), reason="the CPU kernels were not built or this CPU lacks AVX2")
+@pytest.mark.parametrize("shape", [(17, 24, 40), (2, 64, 129, 16), (130, 300, 70)])
+def test_many_rows_are_the_kernels_in_value_and_gradient(level: None, shape: tuple[int, ...]) -> None:
+    """With a gradient the same as without, to the bit; and W may be a part of another, as a head is taken in parts."""
+    *rows, inputs, outputs = shape
+    generator = torch.Generator().manual_seed(2)
+    x, grad = torch.randn(*rows, inputs, generator=generator), torch.randn(*rows, outputs, generator=generator)
+    weight = torch.randn(outputs + 3, inputs, generator=generator)[2:-1]
+    leaf = x.clone().requires_grad_()
+    out = linear(leaf, weight)
+    assert "_LinearBackward" in type(out.grad_fn).__name__
+    assert torch.equal(out, linear(x, weight))
+    torch.testing.assert_close(out.double(), linear_reference(x.double(), weight.double()), rtol=1e-5, atol=1e-4)
+    (found,) = torch.autograd.grad(out, leaf, grad)
+    torch.testing.assert_close(found.double(), grad.double() @ weight.double(), rtol=1e-5, atol=1e-4)
+
+
+def test_a_weight_that_is_trained_has_its_gradient() -> None:
+    x, weight = torch.randn(20, 8), torch.randn(6, 8, requires_grad=True)
+    linear(x, weight).sum().backward()
+    torch.testing.assert_close(weight.grad, x.sum(0).expand(6, 8))
 
 
 def test_other_types_and_odd_outputs_take_the_plain_way(monkeypatch: pytest.MonkeyPatch) -> None:

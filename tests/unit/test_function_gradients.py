@@ -18,6 +18,7 @@ from engine.layers.rope import _Rotation
 from engine.ops import quantized
 from engine.ops.causal_attention import _CausalAttention
 from engine.ops.causal_conv import _Taps
+from engine.ops.dense import _Linear
 from engine.ops.fused_gradients import _GatedActivation, _RMSNorm
 from engine.ops.low_rank import _AddLowRank
 from engine.ops.root_norm import _RootNorm
@@ -242,6 +243,15 @@ WRONG: dict[str, dict[str, Wrong]] = {
         "without the first tap": _with_taps(lambda weight: torch.cat((0 * weight[:, :1], weight[:, 1:]), 1)),
         "channels shifted": lambda right, args: (right(*args)[0].roll(1, 1), None),
     },
+    "engine.ops.dense._Linear": {
+        "sign": _changed(lambda d: -d),
+        "one in a thousand": _changed(lambda d: 1.001 * d),
+        "rows shifted": _changed(lambda d: d.roll(1, 0)),
+        "inputs shifted": _changed(lambda d: d.roll(1, 1)),
+        "outputs shifted": lambda right, args: right(args[0], args[1].roll(1, 1)),
+        "of another weight": _saved_as(lambda weight: (weight.flip(0),)),
+        "an output forgotten": _saved_as(lambda weight: (torch.cat((0 * weight[:1], weight[1:])),)),
+    },
     "engine.ops.low_rank._AddLowRank": {
         "sign of A": _of_low_rank(2, lambda d: -d),
         "sign of B": _of_low_rank(3, lambda d: -d),
@@ -296,6 +306,7 @@ PLACES: dict[str, tuple[object, str]] = {
     "engine.layers.rope._Rotation": (_Rotation, "backward"),
     "engine.ops.causal_attention._CausalAttention": (_CausalAttention, "backward"),
     "engine.ops.causal_conv._Taps": (_Taps, "backward"),
+    "engine.ops.dense._Linear": (_Linear, "backward"),
     "engine.ops.low_rank._AddLowRank": (_AddLowRank, "backward"),
     "engine.ops.root_norm._RootNorm": (_RootNorm, "backward"),
     "engine.ops.quantized._QuantizedLinear": (quantized, "_backward"),
