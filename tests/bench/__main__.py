@@ -52,6 +52,7 @@ MEASURES: dict[str, Callable[[Bench], None]] = {
         serving.hybrid_decode_1_q8,
         serving.hybrid_decode_8,
         jobs.hybrid_train_qv,
+        jobs.hybrid_train_qv_q8,
         jobs.hybrid_train_all,
     )
 }

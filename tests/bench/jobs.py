@@ -13,7 +13,7 @@ import torch
 
 from engine.engine import Engine
 from engine.jobs import EmbedFinished, EmbedSpec, PerplexitySpec
-from tests.bench.models import EMBEDDER, EMBEDDER_Q8, GENERATOR, HYBRID
+from tests.bench.models import EMBEDDER, EMBEDDER_Q8, GENERATOR, HYBRID, HYBRID_Q8
 from tests.bench.peers import EMBEDDERS, llama_cpp
 from tests.bench.peers.process import PeerProcess
 from tests.bench.serving import Sides, llama_files
@@ -28,12 +28,14 @@ RANK = 8
 PEFT = "transformers + peft"
 
 
-def _train(bench: Bench, measure: str, name: str, targets: list[str], batch: int, tokens: int) -> None:
-    """Speed and peak memory, each side in a process of its own."""
+def _train(
+    bench: Bench, measure: str, name: str, targets: list[str], batch: int, tokens: int, reference: str | None = None
+) -> None:
+    """Speed and peak memory, each side in a process of its own; a peer has the model ``reference``, or the same."""
     scale = bench.scale
 
     def side(which: str) -> Callable[[], dict[str, Any]]:
-        path = bench.models.path(name) if which == OURS else bench.models.reference_path(name)
+        path = bench.models.path(name) if which == OURS else bench.models.reference_path(reference or name)
         command = [sys.executable, "-m", "tests.bench.peers.lora_process", which, str(path), str(bench.work_dir)]
         numbers = (RANK, batch, tokens, scale.train_steps, bench.threads)
         command += [",".join(targets), *map(str, numbers)]
@@ -65,6 +67,12 @@ def train_qv(bench: Bench) -> None:
 def hybrid_train_qv(bench: Bench) -> None:
     """The same on q_proj and v_proj of the hybrid, one example a step."""
     _train(bench, "hybrid_train_qv", HYBRID, ATTENTION_TARGETS, 1, bench.scale.hybrid_train_tokens)
+
+
+def hybrid_train_qv_q8(bench: Bench) -> None:
+    """The same over the hybrid in 8 bits, by integer products forward and float ones back; the peer's is float32."""
+    tokens = bench.scale.hybrid_train_tokens
+    _train(bench, "hybrid_train_qv_q8", HYBRID_Q8, ATTENTION_TARGETS, 1, tokens, reference=HYBRID)
 
 
 def hybrid_train_all(bench: Bench) -> None:

@@ -29,6 +29,7 @@ AIMS: dict[str, str] = {
     "hybrid_prefill": ">= 1.6",
     "hybrid_prefill_q8": ">= 1.6",
     "hybrid_train_qv": ">= 1.5",
+    "hybrid_train_qv_q8": ">= 1.5",
     "start": ">= 0.5",
     "start_memory": ">= 0.5",
     "grpc_overhead": ">= 0.97",

@@ -32,6 +32,7 @@ SAME_CODE = {
     "train",
     "train_qv",
     "hybrid_train_qv",
+    "hybrid_train_qv_q8",
     "embed_q8",
     "prefill_q8",
     "hybrid_prefill_q8",
