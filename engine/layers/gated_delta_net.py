@@ -21,7 +21,8 @@ from engine.context import ForwardContext, RecurrentStates, StateSave
 from engine.layers.joint import JointLinears
 from engine.layers.linear import Linear
 from engine.layers.norm import GatedRMSNorm
-from engine.ops.causal_conv import causal_conv, causal_conv_step_slots
+from engine.ops import delta_rule_gradient
+from engine.ops.causal_conv import causal_conv, causal_conv_sequences, causal_conv_step_slots
 from engine.ops.delta_rule import (
     DeltaPlan,
     gated_delta_rule,
@@ -100,8 +101,7 @@ class GatedDeltaNet(nn.Module):
             b,
         )
         if ctx.states is None:
-            assert batch.plan is not None
-            out, _, _ = self._chunks(inputs, batch.plan, None)
+            out = self._sequences(inputs, ctx, batch)
         else:
             out = self._advance(inputs, ctx.states, batch)
         return self.out_proj(self.norm(out, z).reshape(num_tokens, -1), ctx)  # type: ignore[no-any-return]
@@ -110,7 +110,7 @@ class GatedDeltaNet(nn.Module):
         """The convolution and SiLU: [T, C]."""
         weight = self.conv1d.weight.squeeze(1)
         if ctx.states is None:
-            return causal_conv(qkv, weight, ctx.seq_starts, silu=True)[0]
+            return causal_conv_sequences(qkv, weight, ctx.seq_starts, silu=True)
         windows = ctx.states.windows[self.layer_index]
         if batch.plan is None and not batch.spans and batch.step_rows is not None:
             out = causal_conv_step_slots(qkv, weight, windows, batch.slots)
@@ -123,6 +123,14 @@ class GatedDeltaNet(nn.Module):
         for save, window in zip(ctx.state_saves, captured, strict=True):
             windows[save.slot] = window
         return out
+
+    def _sequences(self, inputs: DeltaInputs, ctx: ForwardContext, batch: _Batch) -> Tensor:
+        """The delta rule over whole sequences."""
+        q, k, v, a, b = inputs
+        if delta_rule_gradient.takes(q, k, v, a, b, self.A_log, self.dt_bias):
+            return delta_rule_gradient.gated_delta_sequences(q, k, v, a, b, self.A_log, self.dt_bias, ctx.seq_starts)
+        assert batch.plan is not None
+        return self._chunks(inputs, batch.plan, None)[0]
 
     def _chunks(
         self, inputs: DeltaInputs, plan: DeltaPlan, initial: Tensor | None

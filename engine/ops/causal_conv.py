@@ -53,6 +53,46 @@ def causal_conv(
     return (F.silu(y, inplace=not torch.is_grad_enabled()) if silu else y), after, captured
 
 
+def causal_conv_sequences(x: Tensor, weight: Tensor, seq_starts: Sequence[int], *, silu: bool = False) -> Tensor:
+    """``causal_conv`` of whole sequences, in training and without; on the CPU its gradient keeps x alone."""
+    wanted = x.requires_grad and torch.is_grad_enabled() and not weight.requires_grad
+    if wanted and _has_gradient(x, weight):
+        return _WholeSequences.apply(x, weight, seq_starts, silu)  # type: ignore[no-any-return, no-untyped-call]
+    return causal_conv(x, weight, seq_starts, silu=silu)[0]
+
+
+def _has_gradient(x: Tensor, weight: Tensor) -> bool:
+    """By the kernel, or in float64, in which it is checked, by torch."""
+    if x.is_cpu and x.dtype == weight.dtype == torch.float64:
+        return True
+    return _kernel_takes(x, weight.shape[1]) and cpu.takes(x.detach(), weight)
+
+
+class _WholeSequences(torch.autograd.Function):
+    """With y before SiLU and d_t = dy_t silu'(y_t): dx_t = sum_j weight[:, j] d_{t + W - 1 - j}, the same convolution
+    in the other direction of time."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, seq_starts: Sequence[int], silu: bool) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.seq_starts, ctx.silu = list(seq_starts), silu
+        return causal_conv(x, weight, seq_starts, silu=silu)[0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        if _kernel_takes(x, weight.shape[1]) and cpu.takes(x, weight, grad):
+            starts = torch.tensor(ctx.seq_starts)
+            return cpu.conv_gradient(x, weight.mT.contiguous(), grad, starts, silu=ctx.silu), None, None, None
+        if ctx.silu:
+            y = causal_conv(x, weight, ctx.seq_starts)[0]
+            s = y.sigmoid()
+            grad = grad * s * (1.0 + y * (1.0 - s))
+        backwards = [len(x) - at for at in reversed(ctx.seq_starts)]
+        return causal_conv(grad.flip(0), weight, backwards)[0].flip(0), None, None, None
+
+
 def _kernel_takes(x: Tensor, taps: int) -> bool:
     """Whether the kernel for CPUs computes with these shapes."""
     return taps <= cpu.MAX_TAPS and x.numel() > 0 and x.stride(-1) == 1

@@ -1,5 +1,5 @@
-"""Norms and gated activations with backwards of their own, as training takes them on CUDA, and the activations on the
-CPU: one launch or pass forward and one backward, and nothing kept but what came in.
+"""Norms and gated activations with backwards of their own, as training takes them on CUDA, and the activations and
+gated norms on the CPU: one launch or pass forward and one backward, and nothing kept but what came in.
 
 Each is a kernel where there are kernels for the device, and else the formula, which is the kernel's reference. Weights
 are frozen: what wants a gradient for one takes autograd's way. Proof: tests/unit/test_function_gradients.py for the
@@ -58,6 +58,8 @@ class _RMSNorm(torch.autograd.Function):
             from engine.ops.triton import rms_norm as kernels
 
             return kernels.rms_norm(x, weight, eps, shifted=shifted, gate=gate)
+        if gate is not None and not shifted and cpu.takes(x, gate, weight):
+            return cpu.rms_norm(x, weight, eps, shifted=False, gate=gate)
         wide, factors, inverse, silu, _ = _norm_parts(x, gate, weight, eps, shifted)
         return (wide * inverse * factors * silu).to(x.dtype if gate is None else gate.dtype)
 
@@ -70,6 +72,8 @@ class _RMSNorm(torch.autograd.Function):
 
             d_x, d_gate = kernels.rms_norm_backward(x, weight, grad, ctx.eps, shifted=ctx.shifted, gate=gate)
             return d_x, d_gate, None, None, None
+        if gate is not None and not ctx.shifted and cpu.takes(x, gate, weight, grad):
+            return *cpu.rms_norm_gradient(x, weight, grad, ctx.eps, gate), None, None, None
         wide, factors, inverse, silu, slope = _norm_parts(x, gate, weight, ctx.eps, ctx.shifted)
         weighted = grad.to(wide.dtype) * factors
         along = (weighted * silu * wide).mean(dim=-1, keepdim=True)

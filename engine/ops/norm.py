@@ -54,6 +54,8 @@ def gated_rms_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tenso
         return fused_gradients.rms_norm(x, weight, eps, gate=gate)
     if cpu.takes(x, gate, weight):
         return cpu.rms_norm(x, weight, eps, shifted=False, gate=gate)
+    if fused_gradients.takes_on_cpu(x, gate, weight) and not weight.requires_grad:
+        return fused_gradients.rms_norm(x, weight, eps, gate=gate)
     wide = widen(x)
     normed = _rms_norm(wide, weight.to(wide.dtype), eps)
     return (normed * F.silu(gate.to(wide.dtype))).to(gate.dtype)

@@ -73,7 +73,7 @@ class _RootNorm(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
         x, inverse, weight = ctx.saved_tensors
         if inverse is None:
-            return cpu.rms_norm_gradient(x, weight, grad, ctx.eps), None, None, None, None
+            return cpu.rms_norm_gradient(x, weight, grad, ctx.eps)[0], None, None, None, None
         weighted = grad if weight is None else grad * weight
         along = (weighted * x).sum(dim=-1, keepdim=True)
         along.mul_(inverse.pow(3)).mul_(-ctx.scale / ctx.count)

@@ -19,6 +19,7 @@ from engine.layers.linear import Linear
 from engine.layers.mlp import GatedMLP
 from engine.layers.moe import SparseMoE
 from engine.layers.norm import RMSNorm
+from engine.ops import delta_rule_gradient
 
 WIDE = 4
 """Bytes of float32, in which norms, softmax and the delta rule compute."""
@@ -114,6 +115,10 @@ def _delta_net(layer: GatedDeltaNet, packing: Packing) -> int:
     shape, size = layer.shape, packing.itemsize
     keys, values, heads = shape.key_dim, shape.value_dim, shape.num_value_heads
     tokens = packing.num_tokens
+    widths = (shape.key_head_dim, shape.value_head_dim)
+    if packing.on_cpu and size == WIDE and delta_rule_gradient.kernels_take(*widths):
+        # The convolution's input and output, whose parts q, k and v are; a and b; the norm's input, z, their product.
+        return tokens * (2 * shape.conv_dim + 2 * heads + 3 * values) * WIDE
     # The convolution's output, before and behind SiLU; q and k before and behind their normalisation.
     total = tokens * (2 * shape.conv_dim * size + 4 * keys * WIDE)
     # The norm's input, its output, z and SiLU(z) in float32; their product. g and beta.

@@ -16,7 +16,8 @@ from engine.config import ModelConfig
 from engine.layers.rope import apply_rope
 from engine.ops import fused_gradients, quantized
 from engine.ops.causal_attention import causal_attention
-from engine.ops.causal_conv import causal_conv
+from engine.ops.causal_conv import causal_conv, causal_conv_sequences
+from engine.ops.delta_rule_gradient import gated_delta_sequences
 from engine.ops.dense import MAX_ROWS, linear
 from engine.ops.low_rank import add_low_rank
 from engine.ops.root_norm import root_norm
@@ -172,6 +173,45 @@ def causal_conv_cases(config: ModelConfig) -> list[FunctionCase]:
     ]
 
 
+def causal_conv_sequences_cases(config: ModelConfig) -> list[FunctionCase]:
+    """Three packed sequences, with SiLU and without."""
+    shape = config.linear_attention
+    if shape is None:
+        return []
+    channels = min(shape.conv_dim, MAX_CHANNELS)
+    weight, starts = _random(channels, shape.conv_width, seed=25), [0, 5, 6, 9]
+    cases = []
+    for name, silu in (("plain", False), ("SiLU", True)):
+
+        def function(inputs: Mapping[str, Tensor], silu: bool = silu) -> Tensor:
+            return causal_conv_sequences(inputs["x"], weight, starts, silu=silu)
+
+        cases.append(FunctionCase(name, function, {"x": _random(starts[-1], channels, seed=26)}))
+    return cases
+
+
+def gated_delta_rule_cases(config: ModelConfig) -> list[FunctionCase]:
+    """Packed sequences of less than a chunk and of several; few heads, which stand for all."""
+    shape = config.linear_attention
+    if shape is None:
+        return []
+    key_heads = min(2, shape.num_key_heads)
+    heads = key_heads * (shape.num_value_heads // shape.num_key_heads)
+    k, v = min(shape.key_head_dim, 16), min(shape.value_head_dim, 16)
+    a_log, dt_bias = 0.3 * _random(heads, seed=27) - 2.0, _random(heads, seed=28)
+    cases = []
+    for name, starts in (("short", [0, 3, 4, 9]), ("chunks", [0, 2, 71])):
+
+        def function(inputs: Mapping[str, Tensor], starts: list[int] = starts) -> Tensor:
+            q, k, v, a, b = (inputs[name] for name in ("q", "k", "v", "a", "b"))
+            return gated_delta_sequences(q, k, v, a, b, a_log, dt_bias, starts)
+
+        shapes = {"q": (key_heads, k), "k": (key_heads, k), "v": (heads, v), "a": (heads,), "b": (heads,)}
+        inputs = {key: _random(starts[-1], *size, seed=29 + i) for i, (key, size) in enumerate(shapes.items())}
+        cases.append(FunctionCase(name, function, inputs))
+    return cases
+
+
 def linear_cases(config: ModelConfig) -> list[FunctionCase]:
     """By a frozen weight, of more rows than are divided."""
     weight = _random(7, config.hidden_size, seed=23) / config.hidden_size**0.5
@@ -231,6 +271,8 @@ FUNCTIONS: dict[str, Cases] = {
     "engine.layers.rope._Rotation": rotation_cases,
     "engine.ops.causal_attention._CausalAttention": causal_attention_cases,
     "engine.ops.causal_conv._Taps": causal_conv_cases,
+    "engine.ops.causal_conv._WholeSequences": causal_conv_sequences_cases,
+    "engine.ops.delta_rule_gradient._GatedDeltaRule": gated_delta_rule_cases,
     "engine.ops.dense._Linear": linear_cases,
     "engine.ops.fused_gradients._GatedActivation": gated_activation_cases,
     "engine.ops.fused_gradients._RMSNorm": fused_norm_cases,

@@ -14,8 +14,11 @@ from engine.context import packed_context
 from engine.layers.rope import apply_rope, apply_rope_reference
 from engine.ops import cpu
 from engine.ops.attention import attention
+from engine.ops.causal_conv import causal_conv_sequences, taps_reference
+from engine.ops.delta_rule import gates, l2_normalize, recurrent_gated_delta_rule
+from engine.ops.delta_rule_gradient import gated_delta_sequences
 from engine.ops.elementwise import gated_activation, gated_activation_reference
-from engine.ops.norm import rms_norm
+from engine.ops.norm import gated_rms_norm, rms_norm
 from engine.ops.root_norm import root_norm_reference
 
 pytestmark = pytest.mark.skipif(not cpu.available(), reason="the CPU kernels were not built or this CPU lacks AVX2")
@@ -49,6 +52,18 @@ def test_rms_norm(level: None, shifted: bool) -> None:
                 lambda x, w=wide, n=width: root_norm_reference(x, w, count=n, eps=1e-6),
                 torch.randn(shape) + 0.5,
             )
+
+
+def test_gated_rms_norm(level: None) -> None:
+    for width in WIDTHS:
+        weight = torch.randn(width)
+
+        def plain(x: Tensor, gate: Tensor, weight: Tensor = weight) -> Tensor:
+            normed = root_norm_reference(x, weight.double(), count=x.shape[-1], eps=1e-6)
+            return normed * torch.nn.functional.silu(gate)
+
+        tensors = torch.randn(2, 3, width) + 0.5, 2 * torch.randn(2, 3, width)
+        check(lambda x, gate, w=weight: gated_rms_norm(x, gate, w, 1e-6), plain, *tensors)
 
 
 @pytest.mark.parametrize("name", cpu.ACTIVATIONS_WITH_GRADIENT)
@@ -98,6 +113,50 @@ def test_attention(level: None, heads: int, kv_heads: int, width: int) -> None:
 
     tensors = [torch.randn(starts[-1], count, width) for count in (heads, kv_heads, kv_heads)]
     check(lambda q, k, v: attention(q, k, v, ctx, 0, scale=0.3), plain, *tensors, atol=1e-4)
+
+
+@pytest.mark.parametrize("silu", [False, True])
+@pytest.mark.parametrize(("channels", "taps"), [(7, 4), (300, 2), (64, 8)])
+def test_convolution(level: None, channels: int, taps: int, silu: bool) -> None:
+    """Sequences shorter than the taps, and each by itself."""
+    starts = [0, 1, 3, 20, 21]
+    weight = torch.randn(channels, taps)
+
+    def plain(x: Tensor) -> Tensor:
+        parts = (torch.nn.functional.pad(x[a:b], (0, 0, taps - 1, 0)) for a, b in itertools.pairwise(starts))
+        y = torch.cat([taps_reference(part, weight.double()) for part in parts])
+        return torch.nn.functional.silu(y) if silu else y
+
+    check(lambda x: causal_conv_sequences(x, weight, starts, silu=silu), plain, torch.randn(21, channels), atol=2e-5)
+
+
+@pytest.mark.parametrize(("key_heads", "value_heads", "k", "v"), [(2, 2, 16, 16), (1, 3, 32, 48), (1, 1, 128, 128)])
+def test_delta_rule(level: None, key_heads: int, value_heads: int, k: int, v: int) -> None:
+    """Against autograd of the recurrence: sequences around the length of a chunk, gates that are shut, open and far
+    beyond, and inputs that are parts of one tensor."""
+    starts = [0, 1, 32, 65, 134]
+    tokens, sizes = starts[-1], [key_heads * k, key_heads * k, value_heads * v]
+    a, b = 5 * torch.randn(tokens, value_heads) - 4, torch.randn(tokens, value_heads)
+    a[3], b[5], b[70], b[71] = 30.0, -100.0, 100.0, -20.0
+    a_log, dt_bias = torch.randn(value_heads), torch.randn(value_heads)
+
+    def parts(mixed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q_, k_, v_ = mixed.split(sizes, dim=-1)
+        return q_.view(tokens, -1, k), k_.view(tokens, -1, k), v_.view(tokens, -1, v)
+
+    def plain(mixed: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        q_, k_, v_ = parts(mixed)
+        inputs = (l2_normalize(q_, scale=k**-0.5), l2_normalize(k_), v_, *gates(a, b, a_log.double(), dt_bias.double()))
+        return recurrent_gated_delta_rule(*inputs, starts)[0]
+
+    check(
+        lambda mixed, a, b: gated_delta_sequences(*parts(mixed), a, b, a_log, dt_bias, starts),
+        plain,
+        torch.randn(tokens, sum(sizes)),
+        a,
+        b,
+        atol=2e-5,
+    )
 
 
 def test_rows_are_shared_by_threads() -> None:

@@ -51,6 +51,11 @@ FAST_PATHS: dict[str, tuple[str, str]] = {
     "cpu token_likelihood": ("torch.nn.functional.cross_entropy", f"{CPU_OPS}::test_likelihood_of_tokens"),
     "cpu rms_norm_gradient": ("engine.ops.root_norm.root_norm_reference", f"{CPU_GRADIENTS}::test_rms_norm"),
     "cpu attention_gradient": ("engine.ops.attention.attention_reference", f"{CPU_GRADIENTS}::test_attention"),
+    "cpu conv_gradient": ("engine.ops.causal_conv.taps_reference", f"{CPU_GRADIENTS}::test_convolution"),
+    "cpu delta_chunk_gradient": (
+        "engine.ops.delta_rule_gradient.gated_delta_rule_gradient",
+        f"{CPU_GRADIENTS}::test_delta_rule",
+    ),
     "cpu gated_activation_gradient": (
         "engine.ops.elementwise.gated_activation_reference",
         f"{CPU_GRADIENTS}::test_gated_activation",

@@ -17,7 +17,8 @@ from engine.config import LinearAttentionConfig, ModelConfig
 from engine.layers.rope import _Rotation
 from engine.ops import quantized
 from engine.ops.causal_attention import _CausalAttention
-from engine.ops.causal_conv import _Taps
+from engine.ops.causal_conv import _Taps, _WholeSequences
+from engine.ops.delta_rule_gradient import _GatedDeltaRule
 from engine.ops.dense import _Linear
 from engine.ops.fused_gradients import _GatedActivation, _RMSNorm
 from engine.ops.low_rank import _AddLowRank
@@ -184,6 +185,30 @@ def _attention_saved(**changes: Callable[[Tensor], Tensor]) -> Wrong:
     return wrong
 
 
+def _delta_saved(**changes: Callable[[Tensor], Tensor]) -> Wrong:
+    """A backward of the delta rule that kept something else."""
+
+    def wrong(right: Any, args: Any) -> Any:
+        names = ("q", "k", "v", "a", "b", "a_log", "dt_bias")
+        saved = [changes.get(name, lambda t: t)(t) for name, t in zip(names, args[0].saved_tensors, strict=True)]
+        return right(SimpleNamespace(saved_tensors=saved, seq_starts=args[0].seq_starts), args[1])
+
+    return wrong
+
+
+def _conv_with(**changes: Callable[[Any], Any]) -> Wrong:
+    """A backward of the convolution by other sequences, or other taps."""
+
+    def wrong(right: Any, args: Any) -> Any:
+        x, weight = args[0].saved_tensors
+        ctx = SimpleNamespace(seq_starts=args[0].seq_starts, silu=args[0].silu)
+        ctx.saved_tensors = (changes.get("x", lambda t: t)(x), changes.get("weight", lambda t: t)(weight))
+        ctx.seq_starts = changes.get("starts", lambda starts: starts)(ctx.seq_starts)
+        return right(ctx, args[1])
+
+    return wrong
+
+
 def _with_taps(change: Callable[[Tensor], Tensor]) -> Wrong:
     def wrong(right: Any, args: Any) -> Any:
         (weight,) = args[0].saved_tensors
@@ -242,6 +267,28 @@ WRONG: dict[str, dict[str, Wrong]] = {
         "without the last tap": _with_taps(lambda weight: torch.cat((weight[:, :-1], 0 * weight[:, -1:]), 1)),
         "without the first tap": _with_taps(lambda weight: torch.cat((0 * weight[:, :1], weight[:, 1:]), 1)),
         "channels shifted": lambda right, args: (right(*args)[0].roll(1, 1), None),
+    },
+    "engine.ops.causal_conv._WholeSequences": {
+        "sign": _changed(lambda d: -d),
+        "one in a thousand": _changed(lambda d: 1.001 * d),
+        "taps in the order of forward": _conv_with(weight=lambda weight: weight.flip(1)),
+        "one token late": _changed(lambda d: d.roll(1, 0)),
+        "one sequence": _conv_with(starts=lambda starts: [starts[0], starts[-1]]),
+        "channels shifted": _changed(lambda d: d.roll(1, 1)),
+    },
+    "engine.ops.delta_rule_gradient._GatedDeltaRule": {
+        **{f"sign of {name}": _of_gradients(i, lambda d: -d) for i, name in enumerate("qkvab")},
+        **{f"one in a thousand of {name}": _of_gradients(i, lambda d: 1.001 * d) for i, name in enumerate("qkvab")},
+        "one sequence": lambda right, args: right(
+            SimpleNamespace(saved_tensors=args[0].saved_tensors, seq_starts=[0, args[0].seq_starts[-1]]), args[1]
+        ),
+        "tokens shifted": lambda right, args: right(args[0], args[1].roll(1, 0)),
+        "queries for keys": lambda right, args: (right(*args)[1], right(*args)[0], *right(*args)[2:]),
+        "key heads exchanged": _delta_saved(k=lambda k: k.flip(1)),
+        "no decay": _delta_saved(a_log=lambda a_log: a_log - 50.0),
+        "dt_bias forgotten": _delta_saved(dt_bias=torch.zeros_like),
+        "corrections in full": _delta_saved(b=lambda b: b + 50.0),
+        "queries of another length": _delta_saved(q=lambda q: 2.0 * q),
     },
     "engine.ops.dense._Linear": {
         "sign": _changed(lambda d: -d),
@@ -306,6 +353,8 @@ PLACES: dict[str, tuple[object, str]] = {
     "engine.layers.rope._Rotation": (_Rotation, "backward"),
     "engine.ops.causal_attention._CausalAttention": (_CausalAttention, "backward"),
     "engine.ops.causal_conv._Taps": (_Taps, "backward"),
+    "engine.ops.causal_conv._WholeSequences": (_WholeSequences, "backward"),
+    "engine.ops.delta_rule_gradient._GatedDeltaRule": (_GatedDeltaRule, "backward"),
     "engine.ops.dense._Linear": (_Linear, "backward"),
     "engine.ops.low_rank._AddLowRank": (_AddLowRank, "backward"),
     "engine.ops.root_norm._RootNorm": (_RootNorm, "backward"),

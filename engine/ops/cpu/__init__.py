@@ -1,7 +1,8 @@
 """Our kernels for CPUs: a shared library that is built when the package is installed (setup.py).
 
 What it offers is in kernels.h. ``library`` opens it, runs operations and captures programs of them; ``weights`` has the
-products, ``gemm`` says where they may round activations, ``calls``, ``encoder`` and ``likelihood`` have the rest.
+products, ``gemm`` says where they may round activations, ``calls``, ``encoder``, ``likelihood`` and
+``recurrent_gradients`` have the rest.
 Nothing here decides but whether it can: callers keep the torch form, which is the reference
 (tests/unit/test_cpu_kernels.py, test_cpu_gemm.py, test_cpu_ops.py).
 """
@@ -32,6 +33,7 @@ from engine.ops.cpu.encoder import bias_activation, layer_norm
 from engine.ops.cpu.gemm import allows_int8_activations, int8_activations, takes_rounded, with_int8_activations
 from engine.ops.cpu.library import LEVELS, Arena, Program, available, capture, level, set_num_threads, takes
 from engine.ops.cpu.likelihood import token_nll
+from engine.ops.cpu.recurrent_gradients import conv_gradient, delta_chunk_gradient
 from engine.ops.cpu.weights import (
     MAX_ROWS,
     MAX_ROWS_OF_INTEGERS,
@@ -64,9 +66,11 @@ __all__ = [
     "bias_activation",
     "capture",
     "conv",
+    "conv_gradient",
     "conv_step",
     "decode_attention",
     "delta_chunk",
+    "delta_chunk_gradient",
     "delta_step",
     "gated_activation",
     "gated_activation_gradient",

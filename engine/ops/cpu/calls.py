@@ -78,7 +78,7 @@ _DELTA_CHUNK, _DeltaChunk = _struct(
 )
 _RMS_NORM_GRADIENT, _RmsNormGradient = _struct(
     "rms_norm_gradient",
-    **_fields(_POINTER, "x weight gradient out"),
+    **_fields(_POINTER, "x weight gate gradient out d_gate"),
     **_fields(_INTEGER, "rows width"),
     **_fields(_FLOAT, "eps reserved"),
 )
@@ -149,16 +149,18 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, shifted: bool, gate: Tens
     return out
 
 
-def rms_norm_gradient(x: Tensor, weight: Tensor, gradient: Tensor, eps: float) -> Tensor:
-    """The gradient for x [..., D] of ``rms_norm`` (not shifted, without a gate), from that of its result."""
-    x, gradient = x.contiguous(), gradient.contiguous()
-    out = empty(x.shape)
+def rms_norm_gradient(
+    x: Tensor, weight: Tensor, gradient: Tensor, eps: float, gate: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """The gradients for x and gate [..., D] of ``rms_norm`` (not shifted), from that of its result."""
+    x, gradient, gate = x.contiguous(), gradient.contiguous(), None if gate is None else gate.contiguous()
+    out, d_gate = empty(x.shape), None if gate is None else empty(x.shape)
+    tensors = (x, weight, gate, gradient, out, d_gate)
     width = x.shape[-1]
-    args = _RmsNormGradient(
-        x.data_ptr(), weight.data_ptr(), gradient.data_ptr(), out.data_ptr(), x.numel() // width, width, eps, 0.0
-    )
-    call(_RMS_NORM_GRADIENT, args, (x, weight, gradient, out))
-    return out
+    pointers = (None if tensor is None else tensor.data_ptr() for tensor in tensors)
+    args = _RmsNormGradient(*pointers, x.numel() // width, width, eps, 0.0)
+    call(_RMS_NORM_GRADIENT, args, tensors)
+    return out, d_gate
 
 
 def rope_table(positions: Tensor, inv_freq: Tensor, factor: float) -> tuple[Tensor, Tensor]:

@@ -62,6 +62,8 @@ WHET_API int64_t whet_cpu_size(int64_t kind) {
     case whet::Kind::kRmsNormGradient: return sizeof(whet::RmsNormGradient);
     case whet::Kind::kGatedActivationGradient: return sizeof(whet::GatedActivationGradient);
     case whet::Kind::kAttentionGradient: return sizeof(whet::AttentionGradient);
+    case whet::Kind::kConvGradient: return sizeof(whet::ConvGradient);
+    case whet::Kind::kDeltaChunkGradient: return sizeof(whet::DeltaChunkGradient);
     case whet::Kind::kConv: return sizeof(whet::Conv);
     case whet::Kind::kDeltaChunk: return sizeof(whet::DeltaChunk);
     case whet::Kind::kFloatProduct: return sizeof(whet::FloatProduct);

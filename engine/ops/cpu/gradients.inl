@@ -1,23 +1,5 @@
 // Gradients of norms and activations, for one instruction set: each is one pass over what the forward was given.
 
-// dx = r h - x r^3 / width sum(h x) with r = 1 / sqrt(mean(x^2) + eps) and h = gradient * weight.
-void norm_gradient_rows(const RmsNormGradient& op, int64_t begin, int64_t end) {
-  for (int64_t row = begin; row < end; ++row) {
-    const float *x = op.x + row * op.width, *gradient = op.gradient + row * op.width;
-    float* out = op.out + row * op.width;
-    Vec along = zero();
-    for_each_vector(op.width, [&](auto read, auto) {
-      along = fma(mul(read(gradient), read(op.weight)), read(x), along);
-    });
-    const float width = static_cast<float>(op.width);
-    const float inverse = 1.0f / std::sqrt(dot(x, x, op.width) / width + op.eps);
-    const Vec r = set1(inverse), back = set1(-sum(along) * inverse * inverse * inverse / width);
-    for_each_vector(op.width, [&](auto read, auto write) {
-      write(out, fma(read(x), back, mul(mul(read(gradient), read(op.weight)), r)));
-    });
-  }
-}
-
 // activation(x), and its derivative in *slope.
 template <Activation kActivation>
 inline Vec activation_and_slope(Vec x, Vec* slope) {
@@ -36,6 +18,36 @@ inline Vec activation_and_slope(Vec x, Vec* slope) {
   }
   *slope = mul(s, fma(x, rest, one));
   return mul(x, s);
+}
+
+// dx = r h - x r^3 / width sum(h x) with r = 1 / sqrt(mean(x^2) + eps) and h = gradient * weight * silu(gate), and
+// dgate = gradient * weight * x r silu'(gate).
+void norm_gradient_rows(const RmsNormGradient& op, int64_t begin, int64_t end) {
+  for (int64_t row = begin; row < end; ++row) {
+    const int64_t at = row * op.width;
+    const float *x = op.x + at, *gradient = op.gradient + at, *gate = op.gate == nullptr ? nullptr : op.gate + at;
+    float* out = op.out + at;
+    const float width = static_cast<float>(op.width);
+    const float inverse = 1.0f / std::sqrt(dot(x, x, op.width) / width + op.eps);
+    const Vec r = set1(inverse);
+    Vec along = zero();
+    for_each_vector(op.width, [&](auto read, auto write) {
+      Vec h = mul(read(gradient), read(op.weight));
+      if (gate != nullptr) {
+        Vec slope;
+        const Vec value = activation_and_slope<Activation::kSilu>(read(gate), &slope);
+        write(op.d_gate + at, mul(mul(h, slope), mul(read(x), r)));
+        h = mul(h, value);
+        write(out, h);
+      }
+      along = fma(h, read(x), along);
+    });
+    const Vec back = set1(-sum(along) * inverse * inverse * inverse / width);
+    for_each_vector(op.width, [&](auto read, auto write) {
+      const Vec h = gate != nullptr ? read(out) : mul(read(gradient), read(op.weight));
+      write(out, fma(read(x), back, mul(h, r)));
+    });
+  }
 }
 
 template <Activation kActivation>

@@ -205,12 +205,14 @@ struct GatedActivation {
   int32_t reserved;
 };
 
-// The gradient of RmsNorm (without a gate) for its input: rows of `width`, end to end.
+// The gradients of RmsNorm for its input and for its gate, if it has one: rows of `width`, end to end.
 struct RmsNormGradient {
   const float* x;
   const float* weight;    // [width]
+  const float* gate;      // like x, or null
   const float* gradient;  // of the output
   float* out;
+  float* d_gate;  // or null
   int64_t rows, width;
   float eps;
   float reserved;
@@ -297,6 +299,30 @@ struct DeltaChunk {
   float reserved;
 };
 
+// The gradient of Conv for x, over whole sequences (sequence_gradient.inl).
+struct ConvGradient {
+  const float* x;             // [T, C]
+  const float* weight;        // [W, C], at most kMaxTaps of them
+  const float* gradient;      // [T, C], of the output
+  const int64_t* seq_starts;  // [S + 1]
+  float* d_x;                 // [T, C]
+  int64_t sequences, channels, taps;
+  int64_t silu;  // 1: the output was silu(y)
+};
+
+// The gradients of DeltaChunk for what it was given, over whole sequences without a state before (sequence_gradient.inl).
+struct DeltaChunkGradient {
+  DeltaChunk forward;         // state and out are not read
+  const float* gradient;      // [T, H_v, V], of out
+  const int64_t* seq_starts;  // [S + 1]
+  float* d_q;                 // [T, H_k, K]
+  float* d_k;                 // [T, H_k, K]
+  float* d_v;                 // [T, H_v, V]
+  float* d_a;                 // [T, H_v]
+  float* d_b;                 // [T, H_v]
+  int64_t sequences;
+};
+
 // (x + added + residual), normalised to mean 0 and variance 1 over each row, times weight, plus bias.
 struct LayerNorm {
   const float* x;         // [M, width]
@@ -333,7 +359,8 @@ enum class Kind : int64_t {
   kLinear, kWidenRows, kGather, kRmsNorm, kRopeTable, kRope, kAttention, kGatedActivation, kAdd, kConvStep, kDeltaStep,
   kTiledAttention,
   kConv, kDeltaChunk, kFloatProduct, kLayerNorm, kBiasActivation, kTokenLikelihood,
-  kRmsNormGradient, kGatedActivationGradient, kAttentionGradient,
+  kRmsNormGradient, kGatedActivationGradient, kAttentionGradient, kConvGradient,
+  kDeltaChunkGradient,
 };
 
 struct Op {
@@ -377,6 +404,8 @@ struct Kernels {
   void (*norm_gradient_rows)(const RmsNormGradient& op, int64_t begin, int64_t end);
   void (*activation_gradient_rows)(const GatedActivationGradient& op, int64_t begin, int64_t end);
   void (*attend_gradient)(const AttentionGradient& op, int64_t sequence, int64_t kv_head);
+  void (*convolve_gradient)(const ConvGradient& op, int64_t sequence, int64_t first, int64_t width);  // channels
+  void (*advance_gradient)(const DeltaChunkGradient& op, int64_t sequence, int64_t key_head);
 };
 
 namespace avx2 { extern const Kernels kernels; }
@@ -395,6 +424,8 @@ Status run(const Op* ops, int64_t count, const Kernels& kernels);
 // See sequence.cpp.
 void run(const Conv& op, const Kernels& kernels);
 void run(const DeltaChunk& op, const Kernels& kernels);
+void run(const ConvGradient& op, const Kernels& kernels);
+void run(const DeltaChunkGradient& op, const Kernels& kernels);
 
 // Work shared by the calling thread and the pool's. `body(context, index)` runs once for each index in [0, count). With
 // `in_order`, a thread runs indices that follow each other, as far as they are there.

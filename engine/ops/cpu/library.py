@@ -45,6 +45,8 @@ KINDS = (
     "rms_norm_gradient",
     "gated_activation_gradient",
     "attention_gradient",
+    "conv_gradient",
+    "delta_chunk_gradient",
 )
 """``Kind`` of kernels.h, in its order."""
 

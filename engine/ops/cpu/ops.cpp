@@ -340,6 +340,8 @@ Status run(const Op* ops, int64_t count, const Kernels& kernels) try {
       case Kind::kRmsNormGradient: run(*static_cast<const RmsNormGradient*>(args), kernels); break;
       case Kind::kGatedActivationGradient: run(*static_cast<const GatedActivationGradient*>(args), kernels); break;
       case Kind::kAttentionGradient: run(*static_cast<const AttentionGradient*>(args), kernels); break;
+      case Kind::kConvGradient: run(*static_cast<const ConvGradient*>(args), kernels); break;
+      case Kind::kDeltaChunkGradient: run(*static_cast<const DeltaChunkGradient*>(args), kernels); break;
       case Kind::kConv: run(*static_cast<const Conv*>(args), kernels); break;
       case Kind::kDeltaChunk: run(*static_cast<const DeltaChunk*>(args), kernels); break;
       case Kind::kFloatProduct: run(*static_cast<const FloatProduct*>(args), kernels); break;

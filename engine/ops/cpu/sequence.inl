@@ -68,38 +68,63 @@ void small_product(const float* a, int64_t rows_apart, int64_t columns_apart, co
       small_tile<1>(a + m * rows_apart, rows_apart, columns_apart, b + n, ldb, depth, c + m * ldc + n, ldc, scale);
 }
 
-// `count` tokens of one head: the form of engine/ops/delta_rule.py (chunk_gated_delta_rule), whose names these are.
-void advance_chunk(const DeltaChunk& op, int64_t head, int64_t start, int64_t count, float* buffer) {
+// A chunk of one head in the form of engine/ops/delta_rule.py (chunk_gated_delta_rule), whose names these are.
+struct ChunkParts {
+  static int64_t numbers(int64_t width, int64_t columns) {
+    return kChunkTokens * (3 * width + 2 * kChunkTokens + 3 * columns);
+  }
+  // In memory for so many numbers.
+  ChunkParts(float* buffer, int64_t width, int64_t columns)
+      : both(buffer),
+        across(both + 2 * kChunkTokens * width),
+        grams(across + width * kChunkTokens),
+        read(grams + 2 * kChunkTokens * kChunkTokens),
+        corrections(read + 2 * kChunkTokens * columns) {}
+
+  float* const both;         // [2 kChunkTokens, K]: keys, then queries
+  float* const across;       // [K, kChunkTokens]: the keys transposed
+  float* const grams;        // [2 kChunkTokens, kChunkTokens]: minus the system, whose diagonal is not set, and weights
+  float* const read;         // [2 kChunkTokens, V]: what keys find in the state, and queries, times grown
+  float* const corrections;  // [kChunkTokens, V]
+  float grown[kChunkTokens], sums[kChunkTokens], beta[kChunkTokens];
+  float key_factors[kChunkTokens], query_factors[kChunkTokens];  // by which keys and queries were normalised
+  float total;     // of the logarithms of the decays
+  int64_t padded;  // tokens, in whole fours: those of which k, beta and g are 0 change nothing
+};
+
+// Of `count` tokens behind a state [K, V]; with their queries if `queries` are wanted.
+void solve_chunk(const DeltaChunk& op, const float* state, int64_t head, int64_t start, int64_t count, bool queries,
+                 ChunkParts& parts) {
   constexpr int64_t kTokens = kChunkTokens;
   const int64_t width = op.key_width, columns = op.value_width, key_head = head / (op.value_heads / op.key_heads);
-  const int64_t padded = (count + 3) / 4 * 4;  // tokens of which k, beta and g are 0 change nothing
-  float* const both = buffer;                  // [2 kTokens, K]: keys, then queries
-  float* const across = both + 2 * kTokens * width;     // [K, kTokens]: the keys transposed
-  float* const grams = across + width * kTokens;        // [2 kTokens, kTokens]: system and weights
-  float* const read = grams + 2 * kTokens * kTokens;    // [2 kTokens, V]: what keys and queries find in the state
-  float* const corrections = read + 2 * kTokens * columns;  // [kTokens, V]
-  float* const queries = both + padded * width;
-  float grown[kTokens], sums[kTokens], beta[kTokens];
-  float* const state = op.state + head * width * columns;
+  const int64_t padded = parts.padded = (count + 3) / 4 * 4;
+  const int64_t rows = queries ? 2 * padded : padded;
+  float *const both = parts.both, *const across = parts.across, *const grams = parts.grams, *const read = parts.read;
+  float *const corrections = parts.corrections, *const grown = parts.grown, *const sums = parts.sums;
+  float* const beta = parts.beta;
 
   const auto normalized = [&](const float* from, float scale, float* to) {
-    const Vec factor = set1(scale / std::sqrt(dot(from, from, width) + op.eps));
+    const float number = scale / std::sqrt(dot(from, from, width) + op.eps);
+    const Vec factor = set1(number);
     for_each_vector(width, [&](auto get, auto put) { put(to, mul(get(from), factor)); });
+    return number;
   };
   const float rate = -std::exp(op.a_log[head]), query_scale = 1.0f / std::sqrt(static_cast<float>(width));
   float total = 0.0f;
   for (int64_t i = 0; i < count; ++i) {
-    const int64_t token = start + i;
-    normalized(op.k + token * op.k_stride + key_head * width, 1.0f, both + i * width);
-    normalized(op.q + token * op.q_stride + key_head * width, query_scale, queries + i * width);
+    const int64_t token = start + i, at = key_head * width;
+    parts.key_factors[i] = normalized(op.k + token * op.k_stride + at, 1.0f, both + i * width);
+    if (queries)
+      parts.query_factors[i] = normalized(op.q + token * op.q_stride + at, query_scale, both + (padded + i) * width);
     const float a = op.a[token * op.value_heads + head] + op.dt_bias[head];
     total += rate * (a > 20.0f ? a : std::log1p(std::exp(a)));
     sums[i] = total;
     beta[i] = 1.0f / (1.0f + std::exp(-op.b[token * op.value_heads + head]));
   }
+  parts.total = total;
   for (int64_t i = count; i < kTokens; ++i) sums[i] = total, beta[i] = 0.0f;
   std::fill(both + count * width, both + padded * width, 0.0f);
-  std::fill(queries + count * width, queries + padded * width, 0.0f);
+  std::fill(both + (padded + count) * width, both + 2 * padded * width, 0.0f);
   for (int64_t i = 0; i < kTokens; i += kLanes) {
     float decays[kLanes];
     store(decays, exp(load(sums + i)));
@@ -108,25 +133,25 @@ void advance_chunk(const DeltaChunk& op, int64_t head, int64_t start, int64_t co
   for (int64_t k = 0; k < width; ++k)
     for (int64_t i = 0; i < kTokens; ++i) across[k * kTokens + i] = i < padded ? both[i * width + k] : 0.0f;
 
-  small_product(both, width, 1, across, kTokens, 2 * padded, width, kTokens, grams, kTokens, 0.0f);
+  small_product(both, width, 1, across, kTokens, rows, width, kTokens, grams, kTokens, 0.0f);
   for (int64_t i = 0; i < padded; ++i) {
     float *const system = grams + i * kTokens, *const weights = grams + (padded + i) * kTokens;
     for (int64_t j = 0; j < kTokens; j += kLanes) {
       // Later tokens, whose decay would overflow, are left out below.
       const Vec decay = exp(min(set1(0.0f), sub(set1(sums[i]), load(sums + j))));
       store(system + j, mul(load(system + j), mul(set1(-beta[i]), decay)));
-      store(weights + j, mul(load(weights + j), decay));
+      if (queries) store(weights + j, mul(load(weights + j), decay));
     }
-    std::fill(weights + i + 1, weights + kTokens, 0.0f);
+    if (queries) std::fill(weights + i + 1, weights + kTokens, 0.0f);
   }
 
-  small_product(both, width, 1, state, columns, 2 * padded, width, columns, read, columns, 0.0f);
+  small_product(both, width, 1, state, columns, rows, width, columns, read, columns, 0.0f);
   for (int64_t i = 0; i < padded; ++i) {
     const float* const v = op.v + (start + std::min(i, count - 1)) * op.v_stride + head * columns;
     float *const found = read + i * columns, *const out = read + (padded + i) * columns;
     for_each_vector(columns, [&](auto get, auto put) {
       put(corrections + i * columns, mul(set1(beta[i]), sub(get(v), mul(set1(grown[i]), get(found)))));
-      put(out, mul(set1(grown[i]), get(out)));
+      if (queries) put(out, mul(set1(grown[i]), get(out)));
     });
   }
   // The unit triangular system, four rows at a time: what earlier rows give by a product, then each other.
@@ -142,26 +167,36 @@ void advance_chunk(const DeltaChunk& op, int64_t head, int64_t start, int64_t co
       }
     });
   }
-  for (int64_t i = 0; i < padded; i += 4)
-    small_product(grams + (padded + i) * kTokens, kTokens, 1, corrections, columns, 4, i + 4, columns,
-                  read + (padded + i) * columns, columns, 1.0f);
-  for (int64_t i = 0; i < count; ++i) {
-    const float* const from = read + (padded + i) * columns;
-    std::copy(from, from + columns, op.out + ((start + i) * op.value_heads + head) * columns);
-  }
-  for (int64_t i = 0; i < padded; ++i) {
-    const Vec left = set1(std::exp(total - sums[i]));
-    float* const row = corrections + i * columns;
+}
+
+// The state after a solved chunk; the corrections are then those times their decay to its end.
+void leave_chunk(const ChunkParts& parts, int64_t width, int64_t columns, float* state) {
+  for (int64_t i = 0; i < parts.padded; ++i) {
+    const Vec left = set1(std::exp(parts.total - parts.sums[i]));
+    float* const row = parts.corrections + i * columns;
     for_each_vector(columns, [&](auto get, auto put) { put(row, mul(left, get(row))); });
   }
-  const float through = grown[kTokens - 1];
-  small_product(both, 1, width, corrections, columns, width, padded, columns, state, columns, through);
+  const float through = parts.grown[kChunkTokens - 1];
+  small_product(parts.both, 1, width, parts.corrections, columns, width, parts.padded, columns, state, columns, through);
 }
 
 void advance_chunks(const DeltaChunk& op, int64_t head) {
   thread_local std::vector<float> buffer;
   const int64_t width = op.key_width, columns = op.value_width;
-  buffer.resize(kChunkTokens * (3 * width + 2 * kChunkTokens + 3 * columns));
-  for (int64_t start = 0; start < op.tokens; start += kChunkTokens)
-    advance_chunk(op, head, start, std::min(kChunkTokens, op.tokens - start), buffer.data());
+  buffer.resize(ChunkParts::numbers(width, columns));
+  ChunkParts parts(buffer.data(), width, columns);
+  float* const state = op.state + head * width * columns;
+  for (int64_t start = 0; start < op.tokens; start += kChunkTokens) {
+    const int64_t count = std::min(kChunkTokens, op.tokens - start);
+    solve_chunk(op, state, head, start, count, true, parts);
+    const int64_t padded = parts.padded;
+    for (int64_t i = 0; i < padded; i += 4)
+      small_product(parts.grams + (padded + i) * kChunkTokens, kChunkTokens, 1, parts.corrections, columns, 4, i + 4,
+                    columns, parts.read + (padded + i) * columns, columns, 1.0f);
+    for (int64_t i = 0; i < count; ++i) {
+      const float* const from = parts.read + (padded + i) * columns;
+      std::copy(from, from + columns, op.out + ((start + i) * op.value_heads + head) * columns);
+    }
+    leave_chunk(parts, width, columns, state);
+  }
 }
