@@ -16,6 +16,7 @@ Device = str  # "auto", "cpu", "cuda", "cuda:N"
 DTypeName = Literal["auto", "float32", "bfloat16", "float16"]
 
 GGUFWeights = Literal["auto", "stored", "float"]
+HalfWeights = Literal["auto", "stored", "float"]
 ActivationQuantization = Literal["auto", "off"]
 
 
@@ -170,6 +171,9 @@ class EngineConfig:
             the one before have been read. The results are the same.
         gguf_weights: how a GGUF file's quantized matrices are held: "stored" as the file has them, "float" in the
             compute type. The numbers that they stand for are the same. "auto": stored where there are kernels for it.
+        half_weights: how matrices that a checkpoint has in bfloat16 or float16 are held where the compute type is
+            float32: "stored" in those 16 bits, and widened as they are multiplied, "float" widened once. The numbers
+            are the same. "auto": stored where there are kernels for it, on the CPU.
         activation_quantization: whether activations are rounded to int8 where a linear weight is stored as integers on
             the CPU, in serving, scoring and the forward of training: products are then of integers, and faster. "auto":
             where there are kernels for it, unless dtype is "float32". "off": products are of floats. Gradients are
@@ -197,6 +201,7 @@ class EngineConfig:
     enable_decode_graphs: bool = True
     enable_overlap: bool = True
     gguf_weights: GGUFWeights = "auto"
+    half_weights: HalfWeights = "auto"
     activation_quantization: ActivationQuantization = "auto"
     state_checkpoint_interval: int = 64
     job_slice_seconds: float = 0.05

@@ -13,7 +13,7 @@ class ModelInfo:
     Attributes:
         task: "generate" or "embed".
         dtype: compute type.
-        quantization: scheme name of the linear weights ("none", "q8", "q4", …).
+        quantization: scheme name of the linear weights ("none", "bf16", "f16", "q8", "q4", …).
         weights_bytes: resident bytes of weights.
         max_model_len: longest context that is served, tokens.
         num_blocks, block_size: of the attention cache; 0 where there is none.

@@ -17,7 +17,7 @@ import yaml
 from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 
-from engine.config import ActivationQuantization, DTypeName, EngineConfig, GGUFWeights
+from engine.config import ActivationQuantization, DTypeName, EngineConfig, GGUFWeights, HalfWeights
 from engine.errors import EngineError, InvalidArgumentError
 from engine.names import validate_name
 
@@ -150,6 +150,12 @@ class ServerConfig(BaseSettings):
         default="auto",
         description="How quantized matrices of GGUF files are held: as stored, or wide in the compute type; auto: as "
         "stored where the CPU kernels multiply by them.",
+    )
+    half_weights: HalfWeights = Field(
+        default="auto",
+        description="How matrices that a checkpoint has in bfloat16 or float16 are held where the compute type is "
+        "float32: as stored, which takes half the memory, or wide; auto: as stored where the CPU kernels multiply by "
+        "them. The numbers are the same.",
     )
     activation_quantization: ActivationQuantization = Field(
         default="auto",
@@ -332,6 +338,7 @@ class ServerConfig(BaseSettings):
             enable_decode_graphs=self.decode_graphs,
             enable_overlap=self.overlap,
             gguf_weights=self.gguf_weights,
+            half_weights=self.half_weights,
             activation_quantization=self.activation_quantization,
             state_checkpoint_interval=self.state_checkpoint_interval,
             job_slice_seconds=self.job_slice_ms / 1000,

@@ -311,7 +311,8 @@ class ModelInfo:
         state: "unloaded", "loading", "ready" or "failed".
         error: why it failed, or "".
         task: "generate" or "embed".
-        quantization: how its linear weights are stored: "none", "q8", "q4", …
+        quantization: how its linear weights are stored: "none" (in ``dtype``), "bf16", "f16" (16-bit floats that are
+            widened as they are multiplied), "q8", "q4", …
         weights_bytes: resident.
         max_model_len: longest context that is served, tokens.
         num_slots, state_bytes: of recurrent state; 0 for models without.

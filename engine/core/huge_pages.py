@@ -12,6 +12,7 @@ import ctypes
 import sys
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 from torch import Tensor, nn
 
@@ -22,6 +23,17 @@ MIN_BYTES = 16 << 20
 _MAX_GAP_BYTES = 64 << 10  # between tensors that the allocator laid side by side
 # linux/mman.h. MADV_COLLAPSE, since Linux 6.1, does at once what a thread of the kernel does in minutes otherwise.
 _MADV_HUGEPAGE, _MADV_COLLAPSE = 14, 25
+
+
+_SETTING = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+
+
+def are_given() -> bool:
+    """Whether the system gives huge pages to a program that asks."""
+    try:
+        return "[never]" not in _SETTING.read_text(encoding="ascii")
+    except OSError:  # no Linux, or one without them
+        return False
 
 
 def spans(model: nn.Module) -> Iterator[tuple[int, int]]:

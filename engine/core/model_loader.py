@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from engine.config import EngineConfig
+from engine.core.half_weights import copy_halves, keep_halves, keeps_halves
 from engine.core.heap import keep_for_forwards
 from engine.core.huge_pages import prefer_huge_pages
 from engine.core.loaded import LoadedModel
@@ -53,6 +54,8 @@ def load_checkpoint(
     begin = time.monotonic()
     config = checkpoint.config
     model = build_model(config, scheme_map(config.quantization_config), dtype)
+    if keeps_halves(engine_config, device, dtype):
+        keep_halves(model, checkpoint, dtype)
     try:
         load_weights(model, checkpoint, dtype, device)
     except torch.OutOfMemoryError as error:
@@ -60,6 +63,7 @@ def load_checkpoint(
     for module in model.modules():
         if isinstance(module, Linear | Embedding):
             module.scheme.after_loading(module)
+    copy_halves(model)
     if device.type == "cuda" or isinstance(model, Encoder):
         join_linears(model)
     model.eval()
@@ -92,6 +96,8 @@ def load_checkpoint(
     if device.type == "cpu":
         keep_for_forwards()
     info.load_seconds = time.monotonic() - begin
+    held = info.dtype if info.quantization == "none" else info.quantization
+    logger.info("model %s computes in %s; its weights are held in %s", name, info.dtype, held)
     if device.type != "cpu":
         used = ", ".join(f"{operation}: {form}" for operation, form in implementations(device).items())
         logger.info("model %s on %s runs %s", name, device, used)

@@ -11,14 +11,11 @@ Shapes: T tokens, I in_features, O out_features.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.context import ForwardContext
 from engine.layers.linear import Linear
 from engine.ops import cpu
-from engine.ops.dense import linear
-from engine.quantization.base import UNQUANTIZED
 
 
 class JointLinears:
@@ -27,36 +24,45 @@ class JointLinears:
     def __init__(self, *linears: Linear) -> None:
         self._linears = linears
         self._sizes = [linear.out_features for linear in linears]
-        self._weight: Tensor | None = None
-        self._bias: Tensor | None = None
+        self._joined: Linear | None = None
 
     def join(self) -> bool:
         """Lays the weights side by side. Returns whether they can be: floats of one type, all with a bias or none."""
         linears = self._linears
         biases = [linear.bias for linear in linears]
-        if any(linear.scheme is not UNQUANTIZED for linear in linears) or len({b is None for b in biases}) > 1:
+        schemes = {linear.scheme for linear in linears}
+        if len(schemes) > 1 or len({b is None for b in biases}) > 1:
+            return False
+        scheme = schemes.pop()
+        if not scheme.is_plain:
             return False
         weights = [linear.get_parameter("weight") for linear in linears]
         if len({(w.dtype, w.device, w.shape[1]) for w in weights}) > 1:
             return False
-        self._weight = _side_by_side(weights)
-        self._bias = None if biases[0] is None else _side_by_side([b for b in biases if b is not None])
+        given = [b for b in biases if b is not None]
+        inputs, outputs = linears[0].in_features, sum(self._sizes)
+        with torch.device("meta"):
+            joined = Linear(inputs, outputs, name="joined", bias=bool(given), scheme=scheme, lora=False)
+        joined.weight = nn.Parameter(_side_by_side(weights), requires_grad=False)
+        if given:
+            joined.bias = nn.Parameter(_side_by_side(given), requires_grad=False)
+        self._joined = joined
         return True
 
     def __call__(self, x: Tensor, ctx: ForwardContext) -> list[Tensor]:
         """x [T, I]: the linears' outputs, each [T, O]; rows of one tensor where they are joined."""
         # Training takes products one by one: it writes updates into them, which a view forbids.
         # And a few rows on a CPU have a kernel that reads each weight once.
-        if self._weight is None or torch.is_grad_enabled() or cpu.takes_rows(x) or not self._is_current():
+        if self._joined is None or torch.is_grad_enabled() or cpu.takes_rows(x) or not self._is_current():
             return [linear(x, ctx) for linear in self._linears]
-        product = linear(x, self._weight) if self._bias is None else F.linear(x, self._weight, self._bias)
-        parts = torch.split(product, self._sizes, dim=-1)
+        parts = torch.split(self._joined(x, ctx), self._sizes, dim=-1)
         return [linear.add_lora(x, y, ctx) for linear, y in zip(self._linears, parts, strict=True)]
 
     def _is_current(self) -> bool:
         """Whether nobody has given the first linear another weight since."""
-        assert self._weight is not None
-        return self._linears[0].get_parameter("weight").data_ptr() == self._weight.data_ptr()
+        assert self._joined is not None
+        weight = self._joined.get_parameter("weight")
+        return self._linears[0].get_parameter("weight").data_ptr() == weight.data_ptr()
 
 
 def _side_by_side(parameters: list[nn.Parameter]) -> Tensor:

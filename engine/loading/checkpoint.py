@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal, Protocol
 
+import torch
 from torch import Tensor
 
 from engine.config import ModelConfig
@@ -45,6 +46,10 @@ class Checkpoint(Protocol):
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor, without reading it. KeyError if there is none of that name."""
+        ...
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Type of what ``get`` gives, without reading it. KeyError if there is none of that name."""
         ...
 
     def get(self, name: str) -> Tensor:

@@ -103,6 +103,9 @@ class StackedExperts:
             raise ShapeError(f"{self.path}: the experts of {name!r} have shapes {parts}; accepted: matrices")
         return (len(experts), sum(part[0] for part in parts), parts[0][1])
 
+    def dtype(self, name: str) -> torch.dtype:
+        return self._inner.dtype(self._stacked[name][0][0] if name in self._stacked else name)
+
     def get(self, name: str) -> Tensor:
         if name not in self._stacked:
             return self._inner.get(name)

@@ -104,6 +104,17 @@ class GGUFCheckpoint:
             return rows, columns * block.bits // 8
         return rows, columns // block.group_size
 
+    def dtype(self, name: str) -> torch.dtype:
+        """See Checkpoint."""
+        if name in self._parts:
+            whole, index = self._parts[name]
+            block = self._block(whole)
+            if index == 0:
+                return torch.uint8 if block.bits == 4 else torch.int8
+            return torch.float16 if block.half_scales else torch.float32
+        tensor, target = self._entries[name]
+        return torch.float32 if target.change == "shifted" else _TORCH_TYPES.get(tensor.type_id, torch.float32)
+
     def get(self, name: str) -> Tensor:
         """See Checkpoint."""
         if name in self._parts:

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -63,6 +64,10 @@ class SafetensorsCheckpoint:
     def shape(self, name: str) -> tuple[int, ...]:
         """See Checkpoint."""
         return self._shapes[name]
+
+    def dtype(self, name: str) -> torch.dtype:
+        """See Checkpoint."""
+        return self.get(name).dtype  # of a view of the mapping, which reads nothing
 
     def get(self, name: str) -> Tensor:
         """See Checkpoint."""

@@ -69,7 +69,7 @@ class _QuantizedLinear(torch.autograd.Function):
 
 def _forward(x: Tensor, rows: WeightRows, out_features: int, packed: cpu.PackedWeight | None) -> Tensor:
     # Gradients are off here, also where x wants one.
-    if packed is not None and cpu.takes_rounded(x):
+    if packed is not None and packed.has_integers and cpu.takes_rounded(x):
         return packed.linear(x, rounds=True)
     if packed is not None and cpu.takes(x):
         return packed.product(x)

@@ -25,6 +25,8 @@ class LinearScheme(ABC):
     """One way to store W [out_features, in_features]."""
 
     name: ClassVar[str]
+    is_plain: ClassVar[bool] = False
+    """W is one parameter of floats, ``weight``, whose rows are outputs."""
 
     @abstractmethod
     def create_parameters(self, module: nn.Module, in_features: int, out_features: int, dtype: torch.dtype) -> None:
@@ -68,6 +70,7 @@ class Unquantized(LinearScheme):
     """W as it is, in the compute type."""
 
     name = "none"
+    is_plain = True
 
     def create_parameters(self, module: nn.Module, in_features: int, out_features: int, dtype: torch.dtype) -> None:
         weight = torch.empty(out_features, in_features, dtype=dtype)

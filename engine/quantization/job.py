@@ -32,7 +32,6 @@ from engine.jobs import JobEvent, JobWarning, QuantizeFinished, QuantizeProgress
 from engine.layers.linear import Embedding, Linear
 from engine.loading import Checkpoint
 from engine.names import validate_name
-from engine.quantization.base import UNQUANTIZED
 from engine.quantization.comparison import Comparison, compare, eval_windows
 from engine.quantization.compressed_tensors import quantization_config
 from engine.quantization.export import write_config
@@ -91,7 +90,7 @@ def quantize(
 def _open_source(loaded: LoadedModel) -> Checkpoint:
     # Blocks of a GGUF file are read from the file again, in float.
     if any(
-        module.scheme is not UNQUANTIZED and not isinstance(module.scheme, GGUFBlocks)
+        not module.scheme.is_plain and not isinstance(module.scheme, GGUFBlocks)
         for module in loaded.model.modules()
         if isinstance(module, Linear | Embedding)
     ):

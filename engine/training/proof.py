@@ -141,11 +141,11 @@ def differing_product(forward: TrainingForward, loaded: LoadedModel) -> Generato
         return not torch.equal(ours(x), served)
 
     for linear in (module for module in model.modules() if isinstance(module, Linear)):
-        if linear.scheme.packed(linear) is not None and linear is not model.head:
+        if _is_rounded_for(linear) and linear is not model.head:
             yield Pause("compare", PRODUCT_ROWS)
             if differs(linear, partial(forward.product, linear), partial(linear.scheme.apply, linear)):
                 return linear.name
-    if model.head.scheme.packed(model.head) is None:
+    if not _is_rounded_for(model.head):
         return None
     yield Pause("compare", PRODUCT_ROWS)
     vocab_size = loaded.config.vocab_size
@@ -155,6 +155,12 @@ def differing_product(forward: TrainingForward, loaded: LoadedModel) -> Generato
         return torch.cat([forward.logits_part(x, *bounds).detach() for bounds in parts], dim=-1)
 
     return model.head.name if differs(model.head, logits, model.compute_logits) else None
+
+
+def _is_rounded_for(linear: Linear | Embedding) -> bool:
+    """Whether products with the weight may round their input."""
+    packed = linear.scheme.packed(linear)
+    return packed is not None and packed.has_integers
 
 
 def accepted_difference(tolerance: float, dtype: torch.dtype, largest: float) -> float:

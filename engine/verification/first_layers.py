@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from engine.config import ModelConfig
@@ -59,6 +60,9 @@ class FirstLayers:
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self._checkpoint.shape(name)
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._checkpoint.dtype(name)
 
     def get(self, name: str) -> Tensor:
         return self._checkpoint.get(name)

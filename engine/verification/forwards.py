@@ -109,8 +109,8 @@ def stepwise_decode(loaded: LoadedModel, sequences: Sequence[Sequence[int]], ran
 
 
 @torch.no_grad()
-def stored_blocks(loaded: LoadedModel, stored: LoadedModel, sequences: Sequence[Sequence[int]]) -> Measured:
-    """The model whose weights stay as a GGUF file has them, which is the one that serves, against the one that has them
+def stored_weights(loaded: LoadedModel, stored: LoadedModel, sequences: Sequence[Sequence[int]]) -> Measured:
+    """The model whose weights stay as its files have them, which is the one that serves, against the one that has them
     wide: many rows at a time, and one."""
     wide, kept = loaded.causal_lm(), stored.causal_lm()
     first = list(sequences[0][:MAX_STEPS])

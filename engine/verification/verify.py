@@ -13,6 +13,7 @@ from torch import Tensor
 
 from engine.config import EngineConfig
 from engine.context import packed_context
+from engine.core.half_weights import stored_halves
 from engine.core.loaded import LoadedModel
 from engine.core.machine import free_bytes, usable_cores
 from engine.core.model_loader import load_checkpoint
@@ -25,13 +26,13 @@ from engine.quantization.base import scheme_map
 from engine.training.seeds import derive_seed
 from engine.verification.figures import Figure, Group, Measured, Unmeasurable
 from engine.verification.first_layers import FirstLayers
-from engine.verification.forwards import CHECKS, stored_blocks
+from engine.verification.forwards import CHECKS, stored_weights
 from engine.verification.functions import FUNCTIONS, FunctionCase
 from engine.verification.gradients import TOLERANCE, check_gradients
 from engine.verification.layers import Recorder, decoder_layers, first_of_each_kind, layer_problem
 from engine.verification.reference import compare_forward, compare_gradients, load_reference
 
-STORED_BLOCKS = "logits of weights as the file has them = of wide ones"
+STORED_WEIGHTS = "logits of weights as the file has them = of wide ones"
 
 SHARES = (0.6, 0.3, 0.1)
 """Of the tokens, per sequence."""
@@ -110,7 +111,9 @@ def verify(params: VerifyParams) -> Iterator[Figure]:
     torch.set_num_threads(num_threads)
     cpu.set_num_threads(num_threads)
     # The runner of requests is never used, and a cache takes memory only as it is written.
-    config = EngineConfig(device="cpu", dtype="float32", max_running_requests=1, enable_prefix_caching=False)
+    config = EngineConfig(
+        device="cpu", dtype="float32", half_weights="float", max_running_requests=1, enable_prefix_caching=False
+    )
     loaded = load_checkpoint("verify", checkpoint, config, torch.device("cpu"), torch.float32)
     sequences, begin = [], 0
     for length in lengths:
@@ -118,9 +121,10 @@ def verify(params: VerifyParams) -> Iterator[Figure]:
         begin += length
     yield from _forwards(loaded, sequences, params)
     stored = open_for_verification(params.path, params.num_layers, keep_blocks=True)
-    if checkpoint.config.quantization_config is None and stored.config.quantization_config is not None:
+    if checkpoint.config.quantization_config is None and _is_narrow(stored):
+        config = replace(config, half_weights="stored")
         kept = load_checkpoint("stored", stored, config, torch.device("cpu"), torch.float32)
-        yield _figure("b", STORED_BLOCKS, partial(stored_blocks, loaded, kept, sequences))
+        yield _figure("b", STORED_WEIGHTS, partial(stored_weights, loaded, kept, sequences))
         del kept
     yield from _gradients(loaded, sequences, params)
     yield from _against_transformers(loaded, checkpoint, sequences, params, room)
@@ -150,6 +154,13 @@ def _lengths(token_ids: Sequence[int], checkpoint: Checkpoint) -> list[int]:
 def _meta_model(checkpoint: Checkpoint) -> Model:
     config = checkpoint.config
     return build_model(config, scheme_map(config.quantization_config), torch.float32)
+
+
+def _is_narrow(checkpoint: Checkpoint) -> bool:
+    """Whether it has weights that may be held as they are stored, in fewer bits than float32 has."""
+    if checkpoint.config.quantization_config is not None:
+        return True
+    return bool(stored_halves(_meta_model(checkpoint), checkpoint))
 
 
 def _plan_memory(checkpoint: Checkpoint) -> int:

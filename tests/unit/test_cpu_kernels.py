@@ -20,7 +20,7 @@ GROUP = 32
 
 def stored(kind: str, outputs: int, inputs: int) -> tuple[StoredWeight, Tensor]:
     """A weight as it is stored, and its values in float64."""
-    if kind in ("float32", "bfloat16"):
+    if kind in ("float32", "bfloat16", "float16"):
         data = torch.randn(outputs, inputs).to(getattr(torch, kind))
         return StoredWeight(data), data.double()
     bits, scale_type, has_offset = int(kind[3]), torch.float16 if "half" in kind else torch.float32, "offset" in kind
@@ -45,6 +45,7 @@ def stored(kind: str, outputs: int, inputs: int) -> tuple[StoredWeight, Tensor]:
 KINDS = [
     "float32",
     "bfloat16",
+    "float16",
     "int8",
     "int8-offset",
     "int8-half",
@@ -141,6 +142,18 @@ def test_integer_products_are_those_of_a_rounded_row(level: None, kind: str, num
         assert ((packed.linear(x, rounds=True) - gemm.rounded(x) @ values.T).abs().max() / scale) < 1e-6
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_every_half_is_widened_exactly(level: None, dtype: torch.dtype) -> None:
+    """All of them: zeros, subnormals, infinities and NaN as well."""
+    data = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int16).view(dtype).view(-1, 256)
+    packed = PackedWeight(StoredWeight(data), 256)
+    torch.testing.assert_close(packed.widen(0, 256), data.float(), rtol=0, atol=0, equal_nan=True)
+    finite = data[data.isfinite().all(dim=1)]
+    one_each = torch.eye(256)
+    for multiply in (PackedWeight(StoredWeight(finite), 256).product, PackedWeight(StoredWeight(finite), 256).linear):
+        assert torch.equal(multiply(one_each).T, finite.float())
+
+
 def test_extreme_integers_do_not_saturate(level: None) -> None:
     x = torch.ones(1, 64)
     x[0, 1::2] = -1
@@ -173,12 +186,13 @@ def test_a_rounded_row_that_is_not_finite_gives_nan(level: None) -> None:
 
 @pytest.mark.parametrize("inputs", [1, 15, 31, 100])
 def test_floats_need_no_round_number_of_inputs(level: None, inputs: int) -> None:
-    for kind in ("float32", "bfloat16"):
+    for kind in ("float32", "bfloat16", "float16"):
         weight, values = stored(kind, 5, inputs)
         x = torch.randn(3, inputs)
         packed = PackedWeight(weight, inputs)
         for multiply in (packed.linear, packed.product):
             torch.testing.assert_close(multiply(x).double(), x.double() @ values.T, rtol=1e-5, atol=1e-5)
+        assert torch.equal(packed.linear(x[:1]), packed.linear(x)[:1])
         y = torch.randn(3, 5)
         torch.testing.assert_close(packed.product_transposed(y).double(), y.double() @ values, rtol=1e-5, atol=1e-5)
 

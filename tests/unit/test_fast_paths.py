@@ -82,6 +82,10 @@ FAST_PATHS: dict[str, tuple[str, str]] = {
         "engine.ops.cpu.gemm.rounded",
         f"{CPU_KERNELS}::test_integer_products_are_those_of_a_rounded_row",
     ),
+    "16-bit floats as they are stored": (
+        "engine.quantization.base.Unquantized",
+        "tests/engine/test_half_weights.py::test_results_are_those_of_wide_weights",
+    ),
     "sampling on the device": (
         "engine.sampling.sampler.Sampler",
         "tests/unit/test_sampling_on_device.py::test_the_same_tokens",

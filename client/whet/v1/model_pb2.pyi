@@ -150,7 +150,9 @@ class Model(_message.Message):
     dtype: _builtins.str
     """That it computes in: "float32", "bfloat16", "float16"."""
     quantization: _builtins.str
-    """How its linear weights are stored: "none", "q8", "q4", …"""
+    """How its linear weights are stored: "none" (in the type that it computes in), "bf16", "f16" (16-bit floats that are
+    widened as they are multiplied), "q8", "q4", …
+    """
     num_parameters: _builtins.int
     weights_bytes: _builtins.int
     """Resident."""

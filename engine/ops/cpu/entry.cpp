@@ -7,10 +7,12 @@ namespace {
 int level() {
 #if defined(__x86_64__)
   static const int found = [] {
+    // What the files for AVX-512 are compiled with as well.
+    if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") || !__builtin_cpu_supports("f16c")) return 0;
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
         __builtin_cpu_supports("avx512dq"))
       return __builtin_cpu_supports("avx512vnni") ? 3 : 2;
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") ? 1 : 0;
+    return 1;
   }();
   return found;
 #else

@@ -18,7 +18,13 @@ enum class Storage : int32_t {
   kBfloat16 = 1, // data: bfloat16 [N, K]
   kInt8 = 2,     // data: int8 [N, K]; w = (q - zero) * scale + offset
   kInt4 = 3,     // data: two values a byte [N, K / 2], the lower half first, each q + shift; w as in kInt8
+  kFloat16 = 4,  // data: IEEE half precision [N, K]
 };
+
+// Whether a storage is of floats, which have no groups.
+constexpr bool is_float(Storage storage) {
+  return storage == Storage::kFloat32 || storage == Storage::kBfloat16 || storage == Storage::kFloat16;
+}
 
 // One weight matrix. scales, zeros, offsets: [N, G], all float or all float16; zeros and offsets may be null, for 0.
 struct Weight {

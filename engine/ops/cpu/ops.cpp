@@ -46,7 +46,8 @@ void over_rows(int64_t rows, int64_t numbers_per_row, F body) {
 int64_t row_bytes(const Weight& weight, int64_t inputs) {
   switch (weight.storage) {
     case Storage::kFloat32: return 4 * inputs;
-    case Storage::kBfloat16: return 2 * inputs;
+    case Storage::kBfloat16:
+    case Storage::kFloat16: return 2 * inputs;
     case Storage::kInt8: return inputs + 4 * (inputs / weight.group_size);
     case Storage::kInt4: return inputs / 2 + 4 * (inputs / weight.group_size);
   }

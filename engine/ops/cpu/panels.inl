@@ -21,7 +21,7 @@ template <Storage kStorage, bool kZeros>
 void widen_part(const Weight& weight, int64_t inputs, int64_t n, int64_t first, int64_t count, float* out) {
   using W = Widen<kStorage>;
   const W row(weight, n, inputs);
-  if constexpr (kStorage == Storage::kFloat32 || kStorage == Storage::kBfloat16) {
+  if constexpr (is_float(kStorage)) {
     int64_t k = 0;
     for (; k + W::kStep <= count; k += W::kStep) {
       Vec w[W::kStep / kLanes];
@@ -45,10 +45,10 @@ void widen_part(const Weight& weight, int64_t inputs, int64_t n, int64_t first, 
 // Has numbers [first, first + count) of row n of W brought near. No hardware prefetcher sees a part of each row coming.
 template <Storage kStorage>
 inline void fetch_part(const Weight& weight, int64_t inputs, int64_t n, int64_t first, int64_t count) {
-  constexpr int64_t kBits = kStorage == Storage::kFloat32    ? 32
-                            : kStorage == Storage::kBfloat16 ? 16
-                            : kStorage == Storage::kInt8     ? 8
-                                                             : 4;
+  constexpr int64_t kBits = kStorage == Storage::kFloat32 ? 32
+                            : is_float(kStorage)           ? 16
+                            : kStorage == Storage::kInt8   ? 8
+                                                           : 4;
   const char* const from = static_cast<const char*>(weight.data) + (n * inputs + first) * kBits / 8;
   for (int64_t at = 0; at < count * kBits / 8; at += 64) _mm_prefetch(from + at, _MM_HINT_T0);
 }
@@ -133,6 +133,7 @@ Pack packer(const FloatProduct& op) {
   switch (op.weight->storage) {
     case Storage::kFloat32: return packer<Storage::kFloat32, false>(transposed);
     case Storage::kBfloat16: return packer<Storage::kBfloat16, false>(transposed);
+    case Storage::kFloat16: return packer<Storage::kFloat16, false>(transposed);
     case Storage::kInt8:
       return zeros ? packer<Storage::kInt8, true>(transposed) : packer<Storage::kInt8, false>(transposed);
     case Storage::kInt4: break;

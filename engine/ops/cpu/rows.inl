@@ -1,5 +1,5 @@
 // Products of rows, for one instruction set: included by avx2.cpp and avx512.cpp, in the namespace that has the vector
-// type: `Vec`, kLanes, kTileRows, zero, load, load_bf16, load_int8, set1, add, sub, fma, store, sum; and `unpack_int4`,
+// type: `Vec`, kLanes, kTileRows, zero, load, load_bf16, load_half, load_int8, set1, add, sub, fma, store, sum; and `unpack_int4`,
 // which widens 16 bytes to 32 values.
 
 // Widens the weights [at, at + kStep) of a row to float vectors. One specialisation per storage.
@@ -20,23 +20,39 @@ struct Widen<Storage::kFloat32> {
   const void* address(int64_t at) const { return row + at; }
 };
 
-template <>
-struct Widen<Storage::kBfloat16> {
+// Floats of 16 bits, each the rounding of some float32 that widening gives back.
+template <Storage kStorage>
+struct WidenHalf {
   static constexpr int64_t kStep = 2 * kLanes;
   const uint16_t* row;
-  Widen() = default;
-  Widen(const Weight& w, int64_t n, int64_t inputs) : row(static_cast<const uint16_t*>(w.data) + n * inputs) {}
+  WidenHalf() = default;
+  WidenHalf(const Weight& w, int64_t n, int64_t inputs) : row(static_cast<const uint16_t*>(w.data) + n * inputs) {}
+  static Vec read(const uint16_t* from) {
+    if constexpr (kStorage == Storage::kFloat16) return load_half(from);
+    return load_bf16(from);
+  }
   void operator()(int64_t at, Vec* out) const {
-    out[0] = load_bf16(row + at);
-    out[1] = load_bf16(row + at + kLanes);
+    out[0] = read(row + at);
+    out[1] = read(row + at + kLanes);
   }
   float scalar(int64_t at) const {
+    if constexpr (kStorage == Storage::kFloat16) return _cvtsh_ss(row[at]);
     const uint32_t bits = static_cast<uint32_t>(row[at]) << 16;
     float value;
     __builtin_memcpy(&value, &bits, sizeof(value));
     return value;
   }
   const void* address(int64_t at) const { return row + at; }
+};
+
+template <>
+struct Widen<Storage::kBfloat16> : WidenHalf<Storage::kBfloat16> {
+  using WidenHalf::WidenHalf;
+};
+
+template <>
+struct Widen<Storage::kFloat16> : WidenHalf<Storage::kFloat16> {
+  using WidenHalf::WidenHalf;
 };
 
 // Where a row's scales, zero points and offsets lie.
@@ -163,6 +179,34 @@ void strip(const Weight& weight, int64_t inputs, int64_t whole, int64_t group_si
   tiles(std::integral_constant<int, 1>());
 }
 
+// Rows of 16-bit floats that are multiplied by one row of x together, enough that no sum waits for the product before;
+// and bytes between what is multiplied and what is fetched.
+constexpr int kStreamed = 2;
+constexpr int64_t kStreamAhead = 4096;
+
+// kStreamed rows of W, from n on, times one row of x: the sums of `tile`. What is fetched is one stream through all rows
+// one after the other, as memory is fastest with; rows side by side would be several short ones.
+template <Storage kStorage>
+inline void stream(const Weight& weight, int64_t inputs, int64_t whole, int64_t n, const float* x, float* y) {
+  using W = Widen<kStorage>;
+  constexpr int kVecs = W::kStep / kLanes;
+  W rows[kStreamed];
+  Vec sums[kStreamed];
+  for (int r = 0; r < kStreamed; ++r) rows[r] = W(weight, n + r, inputs), sums[r] = zero();
+  const char* ahead = static_cast<const char*>(rows[kStreamed - 1].address(0)) + kStreamAhead;
+  constexpr int64_t kBytesOfStep = kStreamed * W::kStep * static_cast<int64_t>(sizeof(uint16_t));
+  for (int64_t k = 0; k < whole; k += W::kStep, ahead += kBytesOfStep) {
+    for (int64_t line = 0; line < kBytesOfStep; line += 64) _mm_prefetch(ahead + line, _MM_HINT_T0);
+#pragma GCC unroll 8
+    for (int r = 0; r < kStreamed; ++r) {
+      Vec w[kVecs];
+      rows[r](k, w);
+      for (int i = 0; i < kVecs; ++i) sums[r] = fma(w[i], load(x + k + i * kLanes), sums[r]);
+    }
+  }
+  for (int r = 0; r < kStreamed; ++r) y[r] = sum(sums[r]);
+}
+
 template <Storage kStorage>
 void multiply_floats(const Weight& weight, int64_t inputs, int64_t begin, int64_t end, const float* x, int64_t ldx,
                      int64_t rows, float* y, int64_t ldy) {
@@ -170,14 +214,16 @@ void multiply_floats(const Weight& weight, int64_t inputs, int64_t begin, int64_
   // Whole vectors are one group, and what is left of the row is added by hand.
   const int64_t whole = inputs / Widen<kStorage>::kStep * Widen<kStorage>::kStep;
   int64_t n = begin;
-  if (rows == 1 && kStorage == Storage::kFloat32) {
-    // Memory is all that counts, and hardware fetches one stream faster than software fetches several.
-    for (; n < end; ++n) {
-      const Widen<kStorage> widen(weight, n, inputs);
-      tile<kStorage, GroupOf, 1, 1>(&widen, whole, whole, 0, x, ldx, y + n, ldy);
+  if (rows == 1) {  // memory is all that counts
+    if constexpr (kStorage == Storage::kFloat32) {
+      // Hardware fetches one stream faster than software fetches several.
+      for (; n < end; ++n) {
+        const Widen<kStorage> widen(weight, n, inputs);
+        tile<kStorage, GroupOf, 1, 1>(&widen, whole, whole, 0, x, ldx, y + n, ldy);
+      }
+    } else {
+      for (; n + kStreamed <= end; n += kStreamed) stream<kStorage>(weight, inputs, whole, n, x, y + n);
     }
-  } else if (rows == 1) {  // enough sums that none waits for the product before
-    for (; n + 4 <= end; n += 4) strip<kStorage, GroupOf, 4>(weight, inputs, whole, whole, n, x, ldx, rows, y + n, ldy);
   }
   for (; n + 2 <= end; n += 2) strip<kStorage, GroupOf, 2>(weight, inputs, whole, whole, n, x, ldx, rows, y + n, ldy);
   for (; n < end; ++n) strip<kStorage, GroupOf, 1>(weight, inputs, whole, whole, n, x, ldx, rows, y + n, ldy);
@@ -237,7 +283,13 @@ template <Storage kStorage>
 void widen_floats(const Weight& weight, int64_t inputs, int64_t begin, int64_t end, float* out) {
   for (int64_t n = begin; n < end; ++n, out += inputs) {
     const Widen<kStorage> widen(weight, n, inputs);
-    for (int64_t k = 0; k < inputs; ++k) out[k] = widen.scalar(k);
+    int64_t k = 0;
+    for (; k + Widen<kStorage>::kStep <= inputs; k += Widen<kStorage>::kStep) {
+      Vec w[Widen<kStorage>::kStep / kLanes];
+      widen(k, w);
+      for (int i = 0; i < Widen<kStorage>::kStep / kLanes; ++i) store(out + k + i * kLanes, w[i]);
+    }
+    for (; k < inputs; ++k) out[k] = widen.scalar(k);
   }
 }
 
@@ -250,6 +302,7 @@ void widen_rows(const Weight& weight, int64_t inputs, int64_t begin, int64_t end
     return zeros ? widen_all<Storage::kInt4, true>(weight, inputs, begin, end, out)
                  : widen_all<Storage::kInt4, false>(weight, inputs, begin, end, out);
   if (weight.storage == Storage::kBfloat16) return widen_floats<Storage::kBfloat16>(weight, inputs, begin, end, out);
+  if (weight.storage == Storage::kFloat16) return widen_floats<Storage::kFloat16>(weight, inputs, begin, end, out);
   return widen_floats<Storage::kFloat32>(weight, inputs, begin, end, out);
 }
 
@@ -260,6 +313,7 @@ void multiply_rows(const Weight& weight, int64_t inputs, int64_t begin, int64_t 
   switch (weight.storage) {
     case Storage::kFloat32: kernel = multiply_floats<Storage::kFloat32>; break;
     case Storage::kBfloat16: kernel = multiply_floats<Storage::kBfloat16>; break;
+    case Storage::kFloat16: kernel = multiply_floats<Storage::kFloat16>; break;
     case Storage::kInt8:
       kernel = zeros ? multiply_integers<Storage::kInt8, true> : multiply_integers<Storage::kInt8, false>;
       break;

@@ -23,7 +23,7 @@ multiplied, and the library behind torch is faster."""
 MAX_ROWS_OF_INTEGERS = 32
 """The same for weights that torch would have to widen first."""
 
-_STORAGE = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2, torch.uint8: 3}
+_STORAGE = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2, torch.uint8: 3, torch.float16: 4}
 _POINTER, _INTEGER = ctypes.c_void_p, ctypes.c_int64
 
 
@@ -97,8 +97,8 @@ class StoredWeight:
     """One weight, as a scheme holds it.
 
     Attributes:
-        data: [N, K] float32, bfloat16 or int8, or [N, K / 2] uint8, two 4-bit values a byte, the lower half first,
-            each q + shift.
+        data: [N, K] float32, bfloat16, float16 or int8, or [N, K / 2] uint8, two 4-bit values a byte, the lower half
+            first, each q + shift.
         scales, zeros, offsets: of integers, [N, G] all float32 or all float16: w = (q - zero) * scale + offset. None:
             zeros and offsets of 0.
         shift: 0 or 8.
@@ -121,7 +121,7 @@ class StoredWeight:
         if not all(t.is_contiguous() and t.device.type == "cpu" for t in self.tensors()):
             return False
         if self.scales is None:
-            return self.data.dtype in (torch.float32, torch.bfloat16)
+            return self.data.dtype.is_floating_point
         grouped = self.tensors()[1:]
         if self.scales.dtype not in (torch.float32, torch.float16) or len({t.dtype for t in grouped}) > 1:
             return False
@@ -131,6 +131,9 @@ class StoredWeight:
 
 class PackedWeight:
     """A weight as the kernels read it; holds its tensors.
+
+    Attributes:
+        has_integers: or floats, which no product rounds x for.
 
     Args:
         weight: a supported one.
@@ -153,7 +156,7 @@ class PackedWeight:
             tensor = getattr(weight, name)
             setattr(struct, name, None if tensor is None else tensor.data_ptr())
         self._pointer = ctypes.addressof(struct)
-        self._rounds = scales is not None
+        self.has_integers = scales is not None
 
     def __deepcopy__(self, memo: object) -> None:
         """A copy of a module has tensors of its own and packs them itself."""
@@ -177,7 +180,7 @@ class PackedWeight:
         x = x.contiguous()
         y = empty((*x.shape[:-1], self.outputs))
         rows = x.numel() // self.inputs
-        rounds = rounds and self._rounds
+        rounds = rounds and self.has_integers
         args = _Linear(self._pointer, x.data_ptr(), y.data_ptr(), self.inputs, rows, rounds, 0)
         call(_LINEAR, args, (self, x, y))
         return y
