@@ -35,6 +35,7 @@ MEASURES: dict[str, Callable[[Bench], None]] = {
         serving.decode_1,
         serving.decode_1_q8,
         serving.decode_1_float,
+        serving.decode_1_float32,
         serving.decode_8,
         serving.streams_8,
         jobs.train_qv,

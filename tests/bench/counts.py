@@ -11,10 +11,13 @@ import gguf
 
 from engine.config import ModelConfig
 from engine.loading import open_checkpoint
+from engine.ops import cpu
 from tests.bench.machine import Work
 
-_WIDE = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
-"""Bytes of the element types in which a file may store floats; they are held in float32 on the CPU."""
+_HALVES = ("F16", "BF16")
+_FLOATS = ("F64", "F32", *_HALVES)
+"""Element types in which a file may store floats. They are held in float32 on the CPU, but for matrices of halves,
+which stay as they are where there are kernels for it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +126,7 @@ def stored_bytes(path: Path, config: ModelConfig) -> int:
             if name == "__metadata__" or name.startswith("mtp.") or is_embedding:
                 continue
             begin, end = entry["data_offsets"]
-            size = math.prod(entry["shape"]) * 4 if entry["dtype"] in _WIDE else end - begin
-            total += size
+            stays = entry["dtype"] in _HALVES and len(entry["shape"]) == 2 and cpu.available()
+            is_wide = entry["dtype"] in _FLOATS and not stays
+            total += math.prod(entry["shape"]) * 4 if is_wide else end - begin
     return total

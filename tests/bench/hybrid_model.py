@@ -37,7 +37,7 @@ QWEN3_5_0_8B: dict[str, Any] = {
 
 
 def save_hybrid(directory: Path, num_layers: int) -> Path:
-    """Saves that shape as a Hugging Face directory in float32: 3.0 GB with all its 24 layers.
+    """Saves that shape as a Hugging Face directory in bfloat16: 1.5 GB with all its 24 layers.
 
     Args:
         num_layers: fewer take less; a multiple of 4 keeps three delta-net layers to one of attention.
@@ -46,5 +46,5 @@ def save_hybrid(directory: Path, num_layers: int) -> Path:
 
     torch.manual_seed(0)
     config = Qwen3_5TextConfig(**(QWEN3_5_0_8B | {"num_hidden_layers": num_layers}))
-    Qwen3_5ForCausalLM(config).save_pretrained(directory)
+    Qwen3_5ForCausalLM(config).to(torch.bfloat16).save_pretrained(directory)
     return directory

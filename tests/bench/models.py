@@ -1,9 +1,9 @@
 """The models that are measured: where they lie, what they are called, and the files that are made from them.
 
 GENERATOR is SmolLM2-135M as the demo package has it, a GGUF file of 4-bit blocks. GENERATOR_Q8 is the same numbers
-stored as Q8_0, GENERATOR_FLOAT the same file held in float32. EMBEDDER is MiniLM-L6 of the demo package, and
-EMBEDDER_Q8 its copy with linear layers in our own 8-bit format. HYBRID has the published shape of Qwen3.5-0.8B and
-random weights in float32; HYBRID_Q8 is its copy in our own 8-bit format.
+stored as Q8_0 and GENERATOR_HALF as F16, GENERATOR_FLOAT the first file held in float32. EMBEDDER is MiniLM-L6 of the
+demo package, and EMBEDDER_Q8 its copy with linear layers in our own 8-bit format. HYBRID has the published shape of
+Qwen3.5-0.8B and random weights in bfloat16, as it is published; HYBRID_Q8 is its copy in our own 8-bit format.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from tests.bench.work import run_job
 
 GENERATOR = "generator"
 GENERATOR_Q8 = "generator-q8"
+GENERATOR_HALF = "generator-half"
 GENERATOR_FLOAT = "generator-float"
 EMBEDDER = "embedder"
 EMBEDDER_Q8 = "embedder-q8"
@@ -54,13 +55,15 @@ class Models:
         """Where a model lies."""
         match name:
             case "hybrid":
-                return self._make(f"hybrid-{self.hybrid_layers}", self._save_hybrid)
+                return self._make(f"hybrid-{self.hybrid_layers}-bf16", self._save_hybrid)
             case "hybrid-q8":
-                return self._make(f"hybrid-{self.hybrid_layers}-q8", lambda to: save_q8(self.path(HYBRID), to))
+                return self._make(f"hybrid-{self.hybrid_layers}-bf16-q8", lambda to: save_q8(self.path(HYBRID), to))
             case "embedder-q8":
                 return self._make("embedder-q8", lambda to: save_q8(self.path(EMBEDDER), to, linears_only=True))
             case "generator-float":
                 return self.path(GENERATOR)
+            case "generator-half":
+                return self.gguf("F16") or self.path(GENERATOR)
             case "generator-q8":
                 return self.gguf("Q8_0") or self._make("generator-q8", lambda to: save_q8(self.path(GENERATOR), to))
         if self.quick:

@@ -29,7 +29,7 @@ from engine.training.dataset import write_dataset
 from tests.bench.attribution import GROUPS, Attribution, attribute
 from tests.bench.jobs import ATTENTION_TARGETS, DELTA_NET_TARGETS, RANK, TARGETS
 from tests.bench.machine import machine_name
-from tests.bench.models import GENERATOR, GENERATOR_FLOAT, GENERATOR_Q8, HYBRID, HYBRID_Q8
+from tests.bench.models import GENERATOR, GENERATOR_HALF, GENERATOR_Q8, HYBRID, HYBRID_Q8
 from tests.bench.serving import first_token_seconds
 from tests.bench.setup import Bench
 from tests.bench.work import random_tokens, request, seconds
@@ -112,7 +112,7 @@ def _optimizer_steps(
 PIECES: dict[str, Callable[[Bench], tuple[str, Attribution, float]]] = {
     "decode": lambda bench: profile_decode(bench, GENERATOR),
     "decode_q8": lambda bench: profile_decode(bench, GENERATOR_Q8),
-    "decode_float": lambda bench: profile_decode(bench, GENERATOR_FLOAT),
+    "decode_float": lambda bench: profile_decode(bench, GENERATOR_HALF),
     "prefill": lambda bench: profile_prefill(bench, GENERATOR),
     "prefill_q8": lambda bench: profile_prefill(bench, GENERATOR_Q8),
     "train": lambda bench: profile_train(

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from tests.bench.machine import Work
-from tests.bench.models import GENERATOR, GENERATOR_FLOAT, GENERATOR_Q8, HYBRID, HYBRID_Q8, file_type
+from tests.bench.models import GENERATOR, GENERATOR_FLOAT, GENERATOR_HALF, GENERATOR_Q8, HYBRID, HYBRID_Q8, file_type
 from tests.bench.peers import OPENVINO, llama_cpp
 from tests.bench.setup import OURS, Bench
 from tests.bench.work import random_tokens, request, seconds
@@ -24,13 +24,13 @@ Sides = dict[str, Callable[[], float]]
 
 
 def llama_files(bench: Bench, name: str) -> dict[str, Path]:
-    """GGUF files that llama.cpp is measured on, by their label: the same file; of float weights, the same numbers as
-    F32 and as F16."""
+    """GGUF files that llama.cpp is measured on, by their label: the same file; of float32 weights, the same
+    numbers as F32."""
     if bench.models.gguf() is None or name in (HYBRID, HYBRID_Q8) or bench.quick:
         return {}
-    if name == GENERATOR_FLOAT:
-        return {kind: path for kind in ("F16", "F32") if (path := bench.models.gguf(kind)) is not None}
     path = bench.models.path(name)
+    if name == GENERATOR_FLOAT and (wide := bench.models.gguf("F32")) is not None:
+        path = wide
     return {file_type(path): path}
 
 
@@ -55,7 +55,7 @@ def openvino(bench: Bench, name: str, prompts: Callable[[], list[list[int]]], ne
         new_tokens: 1 asks for the first token alone.
         key: "seconds" of the whole, or "decode_seconds" from the first token to the last.
     """
-    if not llama_files(bench, name) or name == GENERATOR_FLOAT:
+    if not llama_files(bench, name) or name in (GENERATOR_HALF, GENERATOR_FLOAT):
         return {}
     python = bench.peers.python(OPENVINO)
     if python is None:
@@ -224,8 +224,13 @@ def decode_1_q8(bench: Bench) -> None:
 
 
 def decode_1_float(bench: Bench) -> None:
+    """Tokens per second of one stream with float16 weights."""
+    _decode(bench, "decode_1_float", GENERATOR_HALF, 1, GENERATOR)
+
+
+def decode_1_float32(bench: Bench) -> None:
     """Tokens per second of one stream with float32 weights."""
-    _decode(bench, "decode_1_float", GENERATOR_FLOAT, 1, GENERATOR)
+    _decode(bench, "decode_1_float32", GENERATOR_FLOAT, 1, GENERATOR)
 
 
 def decode_8(bench: Bench) -> None:

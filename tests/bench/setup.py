@@ -156,6 +156,7 @@ class Bench:
                     kv_cache_bytes=CACHE_BYTES,
                     job_slice_seconds=self.job_slice_seconds,
                     gguf_weights="float" if name == GENERATOR_FLOAT else "auto",
+                    half_weights="float" if name == GENERATOR_FLOAT else "auto",
                 )
             )
             engine.load_model(name, self.models.path(name))
