@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.config import ModelConfig
-from engine.context import ForwardContext
+from engine.context import ForwardContext, Stage, State
 from engine.layers.joint import JointLinears
 from engine.layers.linear import Linear
 from engine.layers.norm import RMSNorm
@@ -66,8 +66,38 @@ class Attention(nn.Module):
         self.window = window
         self.softcap = config.attn_logit_softcapping
 
+    def stages(self, ctx: ForwardContext, cos: Tensor, sin: Tensor) -> list[Stage]:
+        """``forward`` in stages, from (x,) to (y,): what comes before attention, attention, its output's product. What
+        stands before these is handed on."""
+
+        def project(state: State) -> State:
+            *rest, x = state
+            q, k, v, gate = self._project(x, ctx, cos, sin)
+            return (*rest, q, k, v) if gate is None else (*rest, q, k, v, gate)
+
+        def attend(state: State) -> State:
+            if self.output_gate:
+                *rest, q, k, v, gate = state
+                return (*rest, self._attend(q, k, v, gate, ctx))
+            *rest, q, k, v = state
+            return (*rest, self._attend(q, k, v, None, ctx))
+
+        def output(state: State) -> State:
+            *rest, out = state
+            return (*rest, self.o_proj(out, ctx))
+
+        return [project, attend, output]
+
     def forward(self, x: Tensor, ctx: ForwardContext, cos: Tensor, sin: Tensor) -> Tensor:
         """x [T, D] and the rotation's cos and sin [T, R]: [T, D]."""
+        q, k, v, gate = self._project(x, ctx, cos, sin)
+        return self.o_proj(self._attend(q, k, v, gate, ctx), ctx)  # type: ignore[no-any-return]
+
+    def _project(
+        self, x: Tensor, ctx: ForwardContext, cos: Tensor, sin: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """q [T, H, head_dim], k and v [T, H_kv, head_dim], rotated, and the gate of the output as q, where there is
+        one."""
         num_tokens = x.shape[0]
         q, k, v = self.qkv(x, ctx)
         gate: Tensor | None = None
@@ -79,8 +109,11 @@ class Attention(nn.Module):
         v = v.view(num_tokens, -1, self.head_dim)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
+        return apply_rope(q, cos, sin), apply_rope(k, cos, sin), v, gate
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, ctx: ForwardContext) -> Tensor:
+        """[T, H * head_dim], gated."""
         out = attention(q, k, v, ctx, self.layer_index, scale=self.scale, window=self.window, softcap=self.softcap)
         if gate is not None:
             out = gated_activation(gate, out, "sigmoid")
-        return self.o_proj(out.reshape(num_tokens, -1), ctx)  # type: ignore[no-any-return]
+        return out.reshape(q.shape[0], -1)

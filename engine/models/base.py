@@ -7,7 +7,7 @@ loader copies names without a map.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import ClassVar
 
 import torch
@@ -110,33 +110,35 @@ class CausalLM(Model):
         return 0
 
 
-def layer_stages(
-    mix: Callable[[Tensor], Tensor],
-    norm: nn.Module,
-    mlp: nn.Module,
-    add: Callable[[Tensor, Tensor], Tensor],
-    ctx: ForwardContext,
-) -> list[Stage]:
-    """A decoder layer in stages, from (x,) to (y,): the token mixer, then the products of the MLP one by one.
+def residual_stages(norm: nn.Module, inner: Sequence[Stage], add: Callable[[Tensor, Tensor], Tensor]) -> list[Stage]:
+    """add(x, inner(norm(x))) in as many stages as ``inner`` has, from (x,) to (y,).
 
     Args:
-        mix: the layer up to its MLP, residual included.
-        norm: of the MLP's input.
-        add: takes (x, the MLP's output) to the layer's.
+        inner: stages from (*rest, x) to (*rest, y), which hand on what stands before.
     """
-    stages: list[Stage] = [lambda state: (mix(state[0]),)]
-    if not isinstance(mlp, GatedMLP):
-        return [*stages, lambda state: (add(state[0], mlp(norm(state[0]), ctx)),)]
-    gate, *between, last = mlp.stages(ctx)
 
-    def first(state: State) -> State:
-        return gate((state[0], norm(state[0])))
+    def enter(state: State) -> State:
+        (x,) = state
+        return inner[0]((x, norm(x)))
 
-    def finish(state: State) -> State:
+    stages = [enter, *inner[1:]]
+    last = stages[-1]
+
+    def leave(state: State) -> State:
         x, y = last(state)
         return (add(x, y),)
 
-    return [*stages, first, *between, finish]
+    return [*stages[:-1], leave]
+
+
+def one_stage(run: Callable[[Tensor], Tensor]) -> list[Stage]:
+    """What is not to be cut, for ``residual_stages``."""
+    return [lambda state: (*state[:-1], run(state[-1]))]
+
+
+def mlp_stages(mlp: nn.Module, ctx: ForwardContext) -> list[Stage]:
+    """The products of an MLP one by one, or a mixture of experts as one stage, for ``residual_stages``."""
+    return mlp.stages(ctx) if isinstance(mlp, GatedMLP) else one_stage(lambda x: mlp(x, ctx))
 
 
 def run_layer(layer: nn.Module, x: Tensor, ctx: ForwardContext, *args: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from engine.layers.linear import Embedding, Linear
 from engine.layers.mlp import GatedMLP
 from engine.layers.norm import RMSNorm
 from engine.layers.rope import RotaryEmbedding
-from engine.models.base import CausalLM, layer_stages, models, run_layer
+from engine.models.base import CausalLM, models, residual_stages, run_layer
 from engine.ops.elementwise import add
 from engine.quantization.base import SchemeMap
 
@@ -51,16 +51,18 @@ class Gemma3DecoderLayer(nn.Module):
         self.post_feedforward_layernorm = norm()
 
     def stages(self, ctx: ForwardContext, cos: Tensor, sin: Tensor) -> list[Stage]:
-        """``forward`` in stages; see layer_stages."""
+        """``forward`` in stages of one product or attention each."""
 
-        def mix(x: Tensor) -> Tensor:
-            mixed = self.self_attn(self.input_layernorm(x), ctx, cos, sin)
-            return add(x, self.post_attention_layernorm(mixed))
+        def add_mixed(x: Tensor, y: Tensor) -> Tensor:
+            return add(x, self.post_attention_layernorm(y))
 
         def add_mlp(x: Tensor, y: Tensor) -> Tensor:
             return add(x, self.post_feedforward_layernorm(y))
 
-        return layer_stages(mix, self.pre_feedforward_layernorm, self.mlp, add_mlp, ctx)
+        return [
+            *residual_stages(self.input_layernorm, self.self_attn.stages(ctx, cos, sin), add_mixed),
+            *residual_stages(self.pre_feedforward_layernorm, self.mlp.stages(ctx), add_mlp),
+        ]
 
     def forward(self, x: Tensor, ctx: ForwardContext, cos: Tensor, sin: Tensor) -> Tensor:
         """x [T, D]: [T, D]."""

@@ -16,7 +16,7 @@ from engine.layers.linear import Embedding, Linear
 from engine.layers.mlp import GatedMLP
 from engine.layers.norm import RMSNorm
 from engine.layers.rope import RotaryEmbedding
-from engine.models.base import CausalLM, layer_stages, models, run_layer
+from engine.models.base import CausalLM, models, residual_stages, run_layer
 from engine.ops.elementwise import add
 from engine.quantization.base import SchemeMap
 
@@ -41,12 +41,11 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps, dtype=dtype)
 
     def stages(self, ctx: ForwardContext, cos: Tensor, sin: Tensor) -> list[Stage]:
-        """``forward`` in stages; see layer_stages."""
-
-        def mix(x: Tensor) -> Tensor:
-            return add(x, self.self_attn(self.input_layernorm(x), ctx, cos, sin))
-
-        return layer_stages(mix, self.post_attention_layernorm, self.mlp, add, ctx)
+        """``forward`` in stages of one product or attention each."""
+        return [
+            *residual_stages(self.input_layernorm, self.self_attn.stages(ctx, cos, sin), add),
+            *residual_stages(self.post_attention_layernorm, self.mlp.stages(ctx), add),
+        ]
 
     def forward(self, x: Tensor, ctx: ForwardContext, cos: Tensor, sin: Tensor) -> Tensor:
         """x [T, D]: [T, D]."""

@@ -21,7 +21,7 @@ from engine.layers.mlp import GatedMLP
 from engine.layers.moe import SparseMoE
 from engine.layers.norm import RMSNorm
 from engine.layers.rope import RotaryEmbedding
-from engine.models.base import CausalLM, layer_stages, models, run_layer
+from engine.models.base import CausalLM, mlp_stages, models, one_stage, residual_stages, run_layer
 from engine.models.qwen3_5_mtp import Qwen3_5MTP
 from engine.ops.elementwise import add
 from engine.quantization.base import SchemeMap
@@ -51,14 +51,14 @@ class Qwen3_5DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps, shifted=True, dtype=dtype)
 
     def stages(self, ctx: ForwardContext, cos: Tensor, sin: Tensor) -> list[Stage]:
-        """``forward`` in stages; see layer_stages."""
-
-        def mix(x: Tensor) -> Tensor:
-            normed = self.input_layernorm(x)
-            mixed = self.linear_attn(normed, ctx) if self.is_linear else self.self_attn(normed, ctx, cos, sin)
-            return add(x, mixed)
-
-        return layer_stages(mix, self.post_attention_layernorm, self.mlp, add, ctx)
+        """``forward`` in stages of one product or attention each; the delta-net is one."""
+        mixer = (
+            one_stage(lambda x: self.linear_attn(x, ctx)) if self.is_linear else self.self_attn.stages(ctx, cos, sin)
+        )
+        return [
+            *residual_stages(self.input_layernorm, mixer, add),
+            *residual_stages(self.post_attention_layernorm, mlp_stages(self.mlp, ctx), add),
+        ]
 
     def forward(self, x: Tensor, ctx: ForwardContext, cos: Tensor, sin: Tensor) -> Tensor:
         """x [T, D]: [T, D]."""
