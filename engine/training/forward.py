@@ -23,7 +23,7 @@ from engine.lora.adapter import Adapter
 from engine.ops.cpu import int8_activations
 from engine.training.batching import MicroBatch
 from engine.training.loss import chunked_cross_entropy
-from engine.training.loss_slices import Loss, nll_slices
+from engine.training.loss_slices import LogitsBuffer, Loss, nll_slices
 from engine.training.recompute import RecomputedLayers
 from engine.training.segments import Segments
 
@@ -73,11 +73,13 @@ class TrainingForward:
         self._recomputes = recomputes
         self._is_serving = loaded.is_serving
         self.rounds = loaded.engine_config.rounds_activations
+        self._logits = LogitsBuffer()
 
     def by_floats(self) -> TrainingForward:
         """The same forward, without rounding."""
         other = copy.copy(self)
         other.rounds = False
+        other._logits = LogitsBuffer()
         return other
 
     @contextlib.contextmanager
@@ -109,7 +111,15 @@ class TrainingForward:
     def nll_slices(self, hidden: Tensor, batch: MicroBatch, *, gradient: bool) -> Generator[Pause, None, Loss]:
         """The loss of ``nll_sum`` in pieces, and its gradient for the hidden states [N, D] that predict."""
         head = self._model.compute_logits_part
-        return nll_slices(hidden, batch.targets, head, self._vocab_size, gradient=gradient, numerics=self._numerics)
+        return nll_slices(
+            hidden,
+            batch.targets,
+            head,
+            self._vocab_size,
+            gradient=gradient,
+            numerics=self._numerics,
+            buffer=self._logits if self._device.type == "cpu" else None,
+        )
 
     def nll_sum(self, hidden: Tensor, batch: MicroBatch) -> Tensor:
         """Sum of the NLLs of the batch's N predictions, float32."""

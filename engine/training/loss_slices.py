@@ -38,6 +38,22 @@ Loss = tuple[float, Tensor | None]
 """Sum of the NLLs in nats, and its gradient [N, D] in the type of the hidden states; None where none was asked for."""
 
 
+class LogitsBuffer:
+    """Memory of logits, which the next chunk takes again: blocks of this size are mapped anew each time that they are
+    allocated, and the system clears every page of them."""
+
+    def __init__(self) -> None:
+        self._memory: Tensor | None = None
+
+    def take(self, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Uninitialized, of that shape; what was taken before is overwritten."""
+        size = shape[0] * shape[1]
+        if self._memory is None or self._memory.numel() < size or self._memory.dtype != dtype:
+            self._memory = None  # before there is another
+            self._memory = torch.empty(size, dtype=dtype, device=device)
+        return self._memory[:size].view(shape)
+
+
 def nll_slices(
     hidden: Tensor,
     targets: Tensor,
@@ -48,6 +64,7 @@ def nll_slices(
     numerics: Callable[[], AbstractContextManager[object]] = nullcontext,
     chunk_bytes: int = LOGITS_CHUNK_BYTES,
     part_elements: int | None = None,
+    buffer: LogitsBuffer | None = None,
 ) -> Generator[Pause, None, Loss]:
     """The sum of the negative log-likelihoods of the targets, and its gradient.
 
@@ -58,15 +75,19 @@ def nll_slices(
         numerics: entered around each product with the head.
         chunk_bytes: at most so many bytes of float32 logits exist at a time.
         part_elements: of the head in one piece; None: as many as HEAD_PIECE_PRODUCTS allow.
+        buffer: of the logits; None: one for these alone.
     """
+    buffer = buffer or LogitsBuffer()
     rows = max(1, chunk_bytes // (4 * vocab_size))
     rows = max(1, -(-len(hidden) // max(1, -(-len(hidden) // rows))))  # chunks of like size
     total = 0.0
     gradients = torch.empty_like(hidden) if gradient else None
     for start in range(0, len(hidden), rows):
         chunk = slice(start, start + rows)
-        chunk_loss = _chunk(hidden[chunk].detach(), targets[chunk], head, vocab_size, gradient, numerics, part_elements)
-        nll, formed = yield from chunk_loss
+        inputs = hidden[chunk].detach()
+        dtype = torch.promote_types(hidden.dtype, torch.float32)
+        logits = buffer.take((len(inputs), vocab_size), dtype, hidden.device)
+        nll, formed = yield from _chunk(inputs, targets[chunk], logits, head, gradient, numerics, part_elements)
         total += nll
         if gradients is not None and formed is not None:
             gradients[chunk] = formed
@@ -84,16 +105,15 @@ def head_parts(num: int, width: int, vocab_size: int, part_elements: int | None 
 def _chunk(
     hidden: Tensor,
     targets: Tensor,
+    logits: Tensor,
     head: HeadPart,
-    vocab_size: int,
     gradient: bool,
     numerics: Callable[[], AbstractContextManager[object]],
     part_elements: int | None,
 ) -> Generator[Pause, None, Loss]:
-    num, width = hidden.shape
+    (num, width), vocab_size = hidden.shape, logits.shape[1]
     parts = head_parts(num, width, vocab_size, part_elements)
     hidden = hidden.requires_grad_(gradient)
-    logits = hidden.new_empty((num, vocab_size), dtype=torch.promote_types(hidden.dtype, torch.float32))
     edges = []
     for start, end in parts:
         yield Pause("head", num)

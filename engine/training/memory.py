@@ -81,6 +81,8 @@ class MemoryPlanner:
         self._num_parameters = adapter.num_parameters()
         self._ranks = {name: a.shape[-2] for name, (a, _) in adapter.modules.items()}
         self._dropout = adapter.dropout
+        lengths = np.sort(np.diff(dataset.train.starts))
+        self._largest_batch = int(lengths[-spec.params.batch_size :].sum())
         model = loaded.causal_lm()
         self._layers = list(model.get_submodule("model.layers").children())
         self._num_states = model.num_recurrent_layers
@@ -90,7 +92,7 @@ class MemoryPlanner:
         """Of the run, if its forwards have so many tokens, or those of one example that is longer."""
         config, params = self._loaded.config, self._spec.params
         longest, held_out = self._dataset.train.longest, self._dataset.evaluation.longest
-        num_tokens = max(longest, min(micro_batch_tokens, longest * params.batch_size))
+        num_tokens = max(longest, min(micro_batch_tokens, self._largest_batch))
         packing = self._packing(num_tokens, longest)
         layers = [self._layer_bytes(layer, packing) for layer in self._layers]
         kept, layer = sum(layers), max(layers) // 2
