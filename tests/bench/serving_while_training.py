@@ -1,9 +1,12 @@
 """``python -m tests.bench.serving_while_training``: what a LoRA run costs the streams of the same model, and they it.
 
 One JSON line a load: the time between two tokens of a stream, without and with a run, and the run's tokens per second,
-also as a fraction of what it has alone. ``load`` 1 is streams that never end; with less, bursts of ``streams`` requests
-come as often as keep the engine busy for that fraction of the time while there is no run. Both sides take turns in one
-process, whose loop is that of a worker without its socket.
+also as a fraction of what it has alone; ``--table`` prints the table of docs/performance.md instead. Streams come in
+bursts of ``streams`` requests, so that both sides have contexts of the same lengths however long they are measured.
+At ``load`` 1 each burst follows the one before; with less, they come as often as keep the engine busy for that fraction
+of the time while there is no run. What a run can have at best is then the rest of the time: half at half load, and at
+load 1 what the planner's limit leaves it. Both sides take turns in one process, whose loop is that of a worker without
+its socket.
 
 With ``--clock cpu`` time is what this process computes, plus what it waits for: on a machine that is busy with other
 things that is the time which an idle one would take, for one thread.
@@ -18,8 +21,13 @@ import os
 import statistics
 import tempfile
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "20000")  # as the server's workers have it; read when torch is loaded
 
 import torch
 
@@ -28,10 +36,12 @@ from engine.engine import Engine
 from engine.jobs import JobFailed, LoRAParams, TokenizedExample, TrainParams, TrainSpec, TrainStep
 from engine.training.dataset import write_dataset
 from tests.bench.models import GENERATOR
-from tests.bench.setup import Bench
+from tests.bench.setup import CACHE_BYTES, Bench
 from tests.bench.work import random_tokens, request
 
 PROMPT_TOKENS = 16
+PERIOD_BURSTS = 3
+"""Of which the median says how long one takes."""
 LEVELS = ((0, 1.0), (1, 1.0), (2, 1.0), (4, 1.0), (8, 1.0), (1, 0.5), (4, 0.5))
 """Streams and load of each line."""
 
@@ -92,6 +102,7 @@ class Loop:
         self._period = period
         self._next_burst = clock()
         self._last: dict[str, float] = {}
+        self._live: list[str] = []
 
     def run(self, side: Side, *, seconds: float, steps: int) -> None:
         """Goes round for so long, and until a run has done so many steps after the first that is seen."""
@@ -109,6 +120,8 @@ class Loop:
                         if output.request_id in self._last:
                             side.latencies.append(now - self._last[output.request_id])
                         self._last[output.request_id] = now
+            if self._period is None:
+                self._submit()  # before the run finds nobody served
             if self._engine.has_jobs():
                 for event in self._engine.advance_jobs():
                     if isinstance(event, TrainStep) and event.step:
@@ -126,13 +139,14 @@ class Loop:
             return
         if self._period is not None:
             self._next_burst += self._period
-        for _ in range(self._streams):
-            name = f"stream-{next(_numbers)}"
+        self._last.clear()
+        self._live = [f"stream-{next(_numbers)}" for _ in range(self._streams)]
+        for name in self._live:
             self._engine.add_request(request(name, random_tokens(PROMPT_TOKENS), self._burst_tokens, GENERATOR))
 
     def stop(self) -> None:
         """Ends the streams."""
-        for name in self._last:
+        for name in self._live:
             self._engine.abort(name)
 
 
@@ -145,9 +159,9 @@ class Bencher:
         self._clock = Clock(options.clock)
         config = EngineConfig(
             device="cpu",
-            dtype="float32",
             num_threads=options.threads,
             state_dir=str(bench.work_dir / "state"),
+            kv_cache_bytes=CACHE_BYTES,
             job_slice_seconds=options.slice_ms / 1000,
             job_share=options.share,
             job_max_slowdown=options.max_slowdown,
@@ -182,26 +196,33 @@ class Bencher:
         """Seconds between bursts that give this load without a run."""
         if load >= 1.0:
             return None
-        for name in [f"alone-{next(_numbers)}" for _ in range(streams)]:
-            self._engine.add_request(request(name, random_tokens(PROMPT_TOKENS), self._options.burst_tokens, GENERATOR))
-        begin = self._clock()
-        while self._engine.has_requests():
-            self._engine.step()
-        return (self._clock() - begin) / load
+        seconds = []
+        for _ in range(PERIOD_BURSTS):
+            for name in [f"alone-{next(_numbers)}" for _ in range(streams)]:
+                prompt = random_tokens(PROMPT_TOKENS)
+                self._engine.add_request(request(name, prompt, self._options.burst_tokens, GENERATOR))
+            begin = self._clock()
+            while self._engine.has_requests():
+                self._engine.step()
+            seconds.append(self._clock() - begin)
+        return statistics.median(seconds) / load
 
-    def level(self, streams: int, load: float, solo: float | None) -> float:
-        """Measures and prints one line. Returns the run's tokens per second."""
+    def level(self, streams: int, load: float, solo: float | None) -> dict[str, Any]:
+        """Measures one line.
+
+        Args:
+            solo: the run's tokens per second alone; None: this level is what tells.
+        """
         options = self._options
         without, with_run = Side(), Side()
-        burst = 2000 if load >= 1.0 else options.burst_tokens
         for _ in range(options.rounds):
             period = self._period(streams, load)
             if streams:
-                loop = Loop(self._engine, self._clock, streams, burst, period)
+                loop = Loop(self._engine, self._clock, streams, options.burst_tokens, period)
                 loop.run(without, seconds=options.seconds, steps=0)
                 loop.stop()
             run_id = self._start_run()
-            loop = Loop(self._engine, self._clock, streams, burst, period)
+            loop = Loop(self._engine, self._clock, streams, options.burst_tokens, period)
             loop.run(Side(), seconds=0.0, steps=1)  # the first steps prove, load and warm up
             self._engine.stats()  # what was observed until here
             loop.run(with_run, seconds=options.seconds, steps=options.steps)
@@ -209,7 +230,7 @@ class Bencher:
             loop.stop()
             self._engine.cancel_job(run_id)
         rate = statistics.median(with_run.rates)
-        line = {
+        line: dict[str, Any] = {
             "measure": "serving_while_training",
             "streams": streams,
             "load": load,
@@ -222,7 +243,7 @@ class Bencher:
             line["p99_ms_slice"] = quantile(with_run.slices, 0.99)
             line["p99_ratio"] = round(line["p99_ms_with"] / line["p99_ms_without"], 3)
             line["busy_without"] = round(statistics.median(without.busy), 3)
-        line |= {
+        return line | {
             "model": self._bench.models.label(GENERATOR),
             "threads": options.threads,
             "clock": options.clock,
@@ -232,8 +253,6 @@ class Bencher:
             "share": options.share,
             "torch": torch.__version__,
         }
-        print(json.dumps(line), flush=True)
-        return rate
 
 
 def latencies(name: str, side: Side) -> dict[str, float]:
@@ -249,10 +268,40 @@ def quantile(seconds: list[float], fraction: float) -> float:
     return round(1000 * ordered[min(len(ordered) - 1, int(fraction * len(ordered)))], 2)
 
 
+HEAD = (
+    "streams", "load", "p50 without, with (ms)", "p99 without, with (ms)", "ratio of p50", "ratio of p99 (aim <= 1.5)",
+    "slice p99 (ms)", "the run's share of its speed alone (aim >= 50% at half load)",
+)  # fmt: skip
+
+
+def row(line: dict[str, Any]) -> tuple[str, ...]:
+    """A line as cells under HEAD."""
+    share = f"{line['train_fraction_of_solo']:.0%}"
+    if not line["streams"]:
+        return "0", "", "", "", "", "", "", f"{share}: {line['train_tokens_per_second']:.0f} tokens/s"
+    p50, p99 = ([line[f"{name}_ms_{side}"] for side in ("without", "with")] for name in ("p50", "p99"))
+    return (
+        str(line["streams"]),
+        f"{line['load']:.0%}",
+        "{:.3g}, {:.3g}".format(*p50),
+        "{:.3g}, {:.3g}".format(*p99),
+        f"{p50[1] / p50[0]:.2f}",
+        f"{p99[1] / p99[0]:.2f}",
+        f"{line['p99_ms_slice']:.3g}",
+        share,
+    )
+
+
+def print_row(cells: Iterable[str]) -> None:
+    """As markdown."""
+    print("| " + " | ".join(cells) + " |", flush=True)
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Measures the levels that are named, or all."""
     parser = argparse.ArgumentParser(description="What a LoRA run costs streams of the same model, and they it.")
     parser.add_argument("--streams", type=int, nargs="*", help="levels of these numbers of streams alone, and 0")
+    parser.add_argument("--table", action="store_true", help="a table in place of lines of JSON")
     parser.add_argument("--quick", action="store_true", help="a tiny model: shows that the benchmark works")
     parser.add_argument("--model", type=Path, help="default: SmolLM2-135M of the demo packages")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
@@ -273,10 +322,18 @@ def main(arguments: list[str] | None = None) -> None:
         bench = Bench(Path(directory), options.quick, options.threads, options.model)
         bencher = Bencher(bench, options)
         solo = None
+        if options.table:
+            print_row(HEAD)
+            print_row(["---"] * len(HEAD))
         for streams, load in LEVELS:
-            if not streams or options.streams is None or streams in options.streams:
-                rate = bencher.level(streams, load, solo)
-                solo = solo or rate
+            if streams and options.streams is not None and streams not in options.streams:
+                continue
+            line = bencher.level(streams, load, solo)
+            solo = solo or line["train_tokens_per_second"]
+            if options.table:
+                print_row(row(line))
+            else:
+                print(json.dumps(line), flush=True)
 
 
 if __name__ == "__main__":
