@@ -301,6 +301,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Measures the levels that are named, or all."""
     parser = argparse.ArgumentParser(description="What a LoRA run costs streams of the same model, and they it.")
     parser.add_argument("--streams", type=int, nargs="*", help="levels of these numbers of streams alone, and 0")
+    parser.add_argument("--loads", type=float, nargs="*", choices=(0.5, 1.0), help="of those levels, these loads alone")
     parser.add_argument("--table", action="store_true", help="a table in place of lines of JSON")
     parser.add_argument("--quick", action="store_true", help="a tiny model: shows that the benchmark works")
     parser.add_argument("--model", type=Path, help="default: SmolLM2-135M of the demo packages")
@@ -327,6 +328,8 @@ def main(arguments: list[str] | None = None) -> None:
             print_row(["---"] * len(HEAD))
         for streams, load in LEVELS:
             if streams and options.streams is not None and streams not in options.streams:
+                continue
+            if streams and options.loads is not None and load not in options.loads:
                 continue
             line = bencher.level(streams, load, solo)
             solo = solo or line["train_tokens_per_second"]
