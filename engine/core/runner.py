@@ -176,7 +176,8 @@ class Runner:
             except Exception as error:  # noqa: BLE001 - reported to each caller; the engine goes on
                 failure = error
             else:
-                self._observations["step_tokens"].extend([following.num_tokens] if self._under_way is not None else [])
+                if self._under_way is not None:
+                    self._observations["step_tokens"].append(following.num_tokens)
         try:
             sampled, left = launched.results(self._device_sampler)
         except Exception as error:  # noqa: BLE001 - reported to each caller; the engine goes on

@@ -25,13 +25,13 @@ class Encoder(Model):
 class LayerNorm(nn.LayerNorm):
     """Normalisation to mean 0 and variance 1 over D, with weight and bias; statistics in float32 (arXiv:1607.06450)."""
 
-    def forward(self, x: Tensor, added: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
-        """Of x [T, D] + added [D] + residual [T, D]: [T, D]."""
-        return layer_norm(x, self.weight, self.bias, self.eps, added=added, residual=residual)
-
     def __init__(self, config: ModelConfig, dtype: torch.dtype) -> None:
         super().__init__(config.hidden_size, eps=config.norm_eps, dtype=dtype)
         self.requires_grad_(False)
+
+    def forward(self, x: Tensor, added: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+        """Of x [T, D] + added [D] + residual [T, D]: [T, D]."""
+        return layer_norm(x, self.weight, self.bias, self.eps, added=added, residual=residual)
 
 
 def table(rows: int, config: ModelConfig, name: str, schemes: SchemeMap, dtype: torch.dtype) -> Embedding:
