@@ -104,13 +104,14 @@ def test_a_row_does_not_depend_on_the_others(level: None, kind: str) -> None:
     outputs, inputs = shapes(kind)[-1]
     packed = PackedWeight(stored(kind, outputs, inputs)[0], inputs)
     x = torch.randn(21, inputs)
-    in_pairs = torch.cat([packed.linear(x[[row, 0]], rounds=True)[:1] for row in range(len(x))])
-    for rows in (*range(2, 10), 21):
-        assert torch.equal(packed.linear(x[:rows], rounds=True), in_pairs[:rows])
-    # A row alone is multiplied in another order: the same integers, whose sums are added up with other roundings.
-    for row, among_others in zip(x, in_pairs, strict=True):
-        alone = packed.linear(row[None], rounds=True)[0]
-        assert (alone - among_others).abs().max() <= 1e-5 * among_others.abs().max()
+    alone = torch.cat([packed.linear(row[None], rounds=True) for row in x])
+    in_fives = torch.cat([packed.linear(x[[row, 0, 0, 0, 0]], rounds=True)[:1] for row in range(len(x))])
+    for rows in range(2, 5):
+        assert torch.equal(packed.linear(x[:rows], rounds=True), alone[:rows])
+    for rows in (*range(5, 10), 21):
+        assert torch.equal(packed.linear(x[:rows], rounds=True), in_fives[:rows])
+    # A few rows are multiplied in another order: the same integers, whose sums are added up with other roundings.
+    assert ((alone - in_fives).abs().amax(1) <= 1e-5 * in_fives.abs().amax(1)).all()
 
 
 def test_more_rows_than_are_packed_at_a_time() -> None:

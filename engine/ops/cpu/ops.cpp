@@ -12,6 +12,9 @@ namespace {
 
 // Bytes of W that one piece of a product covers: about a microsecond.
 constexpr int64_t kPieceBytes = 1 << 14;
+
+// Rows of x up to which each is multiplied as if it were alone, by rounded.inl: packing costs as much as three of them.
+constexpr int64_t kUnpackedRows = 4;
 // Rows that kernels take together: a piece has whole ones, so that what a row gives does not depend on the piece.
 constexpr int64_t kStripRows = 4;
 // Numbers that one piece of a cheap operation covers; less is not worth a second thread.
@@ -54,16 +57,24 @@ int64_t row_bytes(const Weight& weight, int64_t inputs) {
   return inputs;
 }
 
-// The row of x in int8, in memory of the calling thread that the next call takes again.
-Rounded round_row(const Linear& op, bool split, const Kernels& kernels) {
+// Rows of x in int8, in memory of the calling thread that the next call takes again.
+struct RoundedRows {
+  Rounded rows[kUnpackedRows];
+};
+RoundedRows round_rows(const Linear& op, bool split, const Kernels& kernels) {
   thread_local std::vector<int8_t> values[2];
   thread_local std::vector<float> numbers[2];
   const int64_t count = ceil_div(op.inputs / kRounded, 64) * 64;
-  values[split].assign(count * kRounded, 0);
-  numbers[split].assign(2 * count, 0.0f);
-  float *const scales = numbers[split].data(), *const sums = scales + count;
-  kernels.round_row(op.x, op.inputs, split, values[split].data(), scales, sums);
-  return {values[split].data(), scales, sums};
+  values[split].assign(op.rows * count * kRounded, 0);
+  numbers[split].assign(op.rows * 2 * count, 0.0f);
+  RoundedRows rounded;
+  for (int64_t m = 0; m < op.rows; ++m) {
+    int8_t* const row = values[split].data() + m * count * kRounded;
+    float *const scales = numbers[split].data() + m * 2 * count, *const sums = scales + count;
+    kernels.round_row(op.x + m * op.inputs, op.inputs, split, row, scales, sums);
+    rounded.rows[m] = {row, scales, sums};
+  }
+  return rounded;
 }
 
 // The pieces of all products are numbered through, so that small weights of one input fill the threads together.
@@ -72,14 +83,14 @@ void run(const Op* ops, int64_t count, const Kernels& kernels, const Linear& fir
   const auto linear = [&](int64_t i) -> const Linear& { return *static_cast<const Linear*>(ops[i].args); };
   for (int64_t i = 0; i < count; ++i) bytes = std::max(bytes, row_bytes(*linear(i).weight, first.inputs));
   const int64_t step = std::max<int64_t>(1, kPieceBytes / bytes / kStripRows) * kStripRows;
-  Rounded rounded[2];
+  RoundedRows rounded[2];
   for (const bool split : {false, true}) {
     const auto wants = [&](int64_t i) {
       return linear(i).rounds != 0 && (linear(i).weight->storage == Storage::kInt4) == split;
     };
     for (int64_t i = 0; i < count; ++i) {
       if (!wants(i)) continue;
-      rounded[split] = round_row(first, split, kernels);
+      rounded[split] = round_rows(first, split, kernels);
       break;
     }
   }
@@ -90,8 +101,10 @@ void run(const Op* ops, int64_t count, const Kernels& kernels, const Linear& fir
     const Linear& op = linear(i);
     const int64_t outputs = op.weight->rows, begin = index * step, end = std::min(begin + step, outputs);
     if (op.rounds != 0) {
-      const Rounded& x = rounded[op.weight->storage == Storage::kInt4];
-      kernels.multiply_rounded(*op.weight, op.inputs, begin, end, x, op.y);
+      // The first row brings the piece of W near, where the others find it.
+      const RoundedRows& x = rounded[op.weight->storage == Storage::kInt4];
+      for (int64_t m = 0; m < op.rows; ++m)
+        kernels.multiply_rounded(*op.weight, op.inputs, begin, end, x.rows[m], op.y + m * outputs);
       return;
     }
     kernels.multiply_rows(*op.weight, op.inputs, begin, end, op.x, op.inputs, op.rows, op.y, outputs);
@@ -292,10 +305,10 @@ void run(const DeltaStep& op, const Kernels& kernels) {
               [&](int64_t index) { kernels.advance(op, index / op.value_heads, index % op.value_heads); });
 }
 
-// Whether a product of integers is one of gemm.h, which packs its x: all but those of one row, and those whose groups
+// Whether a product of integers is one of gemm.h, which packs its x: all but those of a few rows, and those whose groups
 // are smaller than what rounded.inl knows.
 bool is_packed(const Linear& op) {
-  return op.rounds != 0 && (op.rows > 1 || op.weight->group_size % kRounded != 0);
+  return op.rounds != 0 && (op.rows > kUnpackedRows || op.weight->group_size % kRounded != 0);
 }
 
 // How many operations from ops[0] on are products of one and the same x, none of them packed.

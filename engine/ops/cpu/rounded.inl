@@ -1,4 +1,4 @@
-// Products of one row of x with weights of integers by integer arithmetic, for one instruction set.
+// Products of a row of x with weights of integers by integer arithmetic, for one instruction set.
 //
 // What is computed is that of gemm.h, without packing what is used once: x is rounded to int8, each group of 32 values
 // with a scale of its own, and a group of a product is xs * scale * sum(u * xq) + offset * xs * sum(xq) for weights
