@@ -10,6 +10,7 @@ while engine.has_requests():
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
@@ -57,6 +58,11 @@ JOB_KINDS: dict[type, str] = {
 }
 
 
+LULL_SECONDS = 1.0
+"""For so long after the last step jobs go on in small pieces. Between two bursts of requests a piece of a whole layer
+would begin that the next burst waits for, and so would one of its backward, which is cut as its forward was."""
+
+
 class Engine:
     """Holds models and does all work on them, in the calling thread.
 
@@ -76,6 +82,7 @@ class Engine:
         cpu.set_num_threads(num_threads)
         self._models: dict[str, LoadedModel] = {}
         self._clock = clock
+        self._served_at = -math.inf
         self._jobs = JobLoop(
             config.job_slice_seconds,
             config.job_share,
@@ -101,7 +108,7 @@ class Engine:
                 return self._models[name].info
             raise AlreadyExistsError(f"model {name!r} is loaded, from {self._models[name].info.path}", field="model")
         loaded = load_model(name, Path(path), self.config, self.device, self.dtype)
-        loaded.is_serving = self.has_requests
+        loaded.is_serving = self.is_serving
         self._models[name] = loaded
         return loaded.info
 
@@ -173,8 +180,13 @@ class Engine:
             if loaded.runner is not None and loaded.runner.has_requests():
                 # A slice of a job would lie between a step that is under way and the reading of its tokens.
                 outputs.extend(loaded.runner.step(overlap=not self._jobs))
+                self._served_at = self._clock()
         self._jobs.served(self._clock() - begin)
         return outputs
+
+    def is_serving(self) -> bool:
+        """Whether step has work, or had some within LULL_SECONDS."""
+        return self.has_requests() or self._clock() - self._served_at < LULL_SECONDS
 
     # --------------------------------------------------------------------------------------------------------- jobs
 

@@ -27,7 +27,8 @@ class LoadedModel:
         model: eval mode, parameters without gradients.
         adapters: versions of this model's adapters, in memory and on disk.
         runner: cache and scheduler of generation; None for models that only embed.
-        is_serving: whether the engine has requests, of this model or another; jobs size their slices by it.
+        is_serving: whether the engine has requests, of this model or another, or had some a moment ago; jobs size their
+            slices by it.
     """
 
     info: ModelInfo

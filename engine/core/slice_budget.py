@@ -23,7 +23,7 @@ class SliceBudget:
     Args:
         target_seconds: how long a slice should take while requests are running.
         max_tokens: never more than this.
-        is_serving: whether requests are running now.
+        is_serving: whether requests are running now or were a moment ago.
     """
 
     def __init__(self, target_seconds: float, max_tokens: int, is_serving: Callable[[], bool] = lambda: True) -> None:

@@ -12,7 +12,7 @@ import torch
 from engine.config import EngineConfig
 from engine.core import model_loader
 from engine.core.memory import plan_cache
-from engine.engine import Engine
+from engine.engine import LULL_SECONDS, Engine
 from engine.errors import (
     AlreadyExistsError,
     FormatError,
@@ -267,3 +267,22 @@ def test_models_come_and_go(tiny_llama: Path, tmp_path: Path) -> None:
     engine.unload_model("tiny")
     with pytest.raises(NotFoundError):
         engine.unload_model("tiny")
+
+
+def test_jobs_go_on_in_small_pieces_in_a_lull(tiny_llama: Path) -> None:
+    """Jobs are told that requests are served while there are some, and for LULL_SECONDS after the last step with one;
+    an engine that stands idle forgets them."""
+    now = 100.0
+    engine = Engine(CONFIG, clock=lambda: now)
+    engine.load_model("tiny", tiny_llama)
+    loaded = engine._models["tiny"]
+    assert not loaded.is_serving()
+    engine.add_request(MIXED[0])
+    assert loaded.is_serving()
+    while engine.has_requests():
+        engine.step()
+    now += 0.9 * LULL_SECONDS
+    engine.step()  # of nothing
+    assert loaded.is_serving()
+    now += 0.2 * LULL_SECONDS
+    assert not loaded.is_serving()
