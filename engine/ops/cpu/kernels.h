@@ -385,9 +385,9 @@ struct Kernels {
   void (*multiply_packed)(const FloatProduct& op, const PackedRows& x, int64_t column, int64_t columns);
   // See rounded.inl; `split` for kInt4.
   void (*round_row)(const float* x, int64_t inputs, bool split, int8_t* values, float* scales, float* sums);
-  // y[n] = sum_k x[k] w[n, k] for n in [begin, end).
-  void (*multiply_rounded)(const Weight& weight, int64_t inputs, int64_t begin, int64_t end, const Rounded& x,
-                           float* y);
+  // y[m * ldy + n] = sum_k x[m][k] w[n, k] for n in [begin, end).
+  void (*multiply_rounded)(const Weight& weight, int64_t inputs, int64_t begin, int64_t end, const Rounded* x,
+                           int64_t rows, float* y, int64_t ldy);
   // w[n, k] as float for n in [begin, end), end to end; weights of any storage.
   void (*widen_rows)(const Weight& weight, int64_t inputs, int64_t begin, int64_t end, float* out);
   void (*norm_rows)(const RmsNorm& op, int64_t begin, int64_t end);          // outer * inner rows

@@ -101,10 +101,8 @@ void run(const Op* ops, int64_t count, const Kernels& kernels, const Linear& fir
     const Linear& op = linear(i);
     const int64_t outputs = op.weight->rows, begin = index * step, end = std::min(begin + step, outputs);
     if (op.rounds != 0) {
-      // The first row brings the piece of W near, where the others find it.
       const RoundedRows& x = rounded[op.weight->storage == Storage::kInt4];
-      for (int64_t m = 0; m < op.rows; ++m)
-        kernels.multiply_rounded(*op.weight, op.inputs, begin, end, x.rows[m], op.y + m * outputs);
+      kernels.multiply_rounded(*op.weight, op.inputs, begin, end, x.rows, op.rows, op.y, outputs);
       return;
     }
     kernels.multiply_rows(*op.weight, op.inputs, begin, end, op.x, op.inputs, op.rows, op.y, outputs);

@@ -1,4 +1,5 @@
-// Products of a row of x with weights of integers by integer arithmetic, for one instruction set.
+// Products of a few rows of x with weights of integers by integer arithmetic, for one instruction set. Two are multiplied
+// together, so that weights are unpacked once for both.
 //
 // What is computed is that of gemm.h, without packing what is used once: x is rounded to int8, each group of 32 values
 // with a scale of its own, and a group of a product is xs * scale * sum(u * xq) + offset * xs * sum(xq) for weights
@@ -87,11 +88,17 @@ inline Bytes load_before(const char* from, const char* end) {
 struct Nibbles {
   static constexpr bool kShifted = true;
   static constexpr int64_t kGroupBytes = kRounded / 2;
-  static inline void add_block(const char* row, const int8_t* x, Vec factors, Vec& even, Vec&) {
-    Bytes products[4];
+  template <int kRows>
+  static inline void add_block(const char* row, const int8_t* const* x, const Vec* factors, Vec* even, Vec*) {
+    Bytes products[kRows][4];
 #pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) products[i] = multiply_nibbles(load_bytes(row + i * kBytes), x + 2 * i * kBytes);
-    even = fma(sums_of_groups(products), factors, even);
+    for (int i = 0; i < 4; ++i) {
+      const Bytes w = load_bytes(row + i * kBytes);
+#pragma GCC unroll 2
+      for (int m = 0; m < kRows; ++m) products[m][i] = multiply_nibbles(w, x[m] + 2 * i * kBytes);
+    }
+#pragma GCC unroll 2
+    for (int m = 0; m < kRows; ++m) even[m] = fma(sums_of_groups(products[m]), factors[m], even[m]);
   }
   template <bool kPlain>
   static inline Vec rest(const char* row, const int8_t* x, int64_t count, Vec factors, const char* end) {
@@ -108,16 +115,23 @@ struct SignedBytes {
   static constexpr int64_t kGroupBytes = kRounded;
   static constexpr int64_t kGroups = kBytes / kRounded;
   static inline Vec dot(Bytes w, const int8_t* x) { return dot_signed(w, load_bytes(reinterpret_cast<const char*>(x))); }
-  static inline void add_block(const char* row, const int8_t* x, Vec factors, Vec& even, Vec& odd) {
-    alignas(64) float numbers[kLanes];
-    store(numbers, factors);
-    const float* each = numbers;
+  template <int kRows>
+  static inline void add_block(const char* row, const int8_t* const* x, const Vec* factors, Vec* even, Vec* odd) {
+    alignas(64) float numbers[kRows][kLanes];
+#pragma GCC unroll 2
+    for (int m = 0; m < kRows; ++m) store(numbers[m], factors[m]);
+    const float* each = numbers[0];
     asm("" : "+r"(each));  // one register: GCC would keep the address of each factor in one of its own, and lack some
 #pragma GCC unroll 4
     for (int64_t i = 0; i < kLanes; i += 2 * kGroups) {
       const int64_t j = i + kGroups;
-      even = fma(dot(load_bytes(row + i * kRounded), x + i * kRounded), group_factors(each + i), even);
-      odd = fma(dot(load_bytes(row + j * kRounded), x + j * kRounded), group_factors(each + j), odd);
+      const Bytes first = load_bytes(row + i * kRounded), second = load_bytes(row + j * kRounded);
+#pragma GCC unroll 2
+      for (int m = 0; m < kRows; ++m) {
+        const float* const factor = each + m * kLanes;
+        even[m] = fma(dot(first, x[m] + i * kRounded), group_factors(factor + i), even[m]);
+        odd[m] = fma(dot(second, x[m] + j * kRounded), group_factors(factor + j), odd[m]);
+      }
     }
   }
   template <bool kPlain>
@@ -143,19 +157,23 @@ inline bool is_plain(const Weight& w, int64_t groups, int64_t end) {
 // Rows are read one after the other, so that prefetchers of the hardware see one stream.
 constexpr int64_t kBytesAhead = 4096;
 
-// Row n of W times x, up to adding the lanes. kPlain: is_plain says so.
-template <typename Values, bool kPlain>
-inline Vec multiply_row(const Weight& weight, int64_t groups, int64_t n, const Rounded& x) {
+// Row n of W times kRows rows of x, up to adding the lanes: totals[kRows]. What comes of a row of x does not depend on
+// the other. kPlain: is_plain says so.
+template <typename Values, bool kPlain, int kRows>
+inline void multiply_row(const Weight& weight, int64_t groups, int64_t n, const Rounded* x, Vec* totals) {
   const char* row = static_cast<const char*>(weight.data) + n * groups * Values::kGroupBytes;
   const uint16_t* scales = static_cast<const uint16_t*>(weight.scales) + n * groups;
   const uint16_t* offsets = static_cast<const uint16_t*>(weight.offsets) + n * groups;
   const int32_t shift = Values::kShifted ? weight.shift : 0;
   const bool has_offsets = weight.offsets != nullptr, has_zeros = shift != 0 || weight.zeros != nullptr;
-  const int8_t* values = x.values;
-  const float *x_scales = x.scales, *x_sums = x.sums;
-  Vec even = zero(), odd = zero(), correction = zero();
-  // The factors of the next groups, whose part of the correction is added.
-  const auto factors = [&](int64_t first, int64_t count) __attribute__((always_inline)) {
+  const int8_t* values[kRows];
+  Vec even[kRows], odd[kRows], correction[kRows], factors[kRows];
+  for (int m = 0; m < kRows; ++m) {
+    values[m] = x[m].values;
+    even[m] = odd[m] = correction[m] = zero();
+  }
+  // Has the factors of the next groups ready, and their part of the correction added.
+  const auto take_factors = [&](int64_t first, int64_t count) __attribute__((always_inline)) {
     const auto read = [&](const uint16_t* plain, const void* from) __attribute__((always_inline)) {
       if constexpr (!kPlain) return read_grouped(weight, from, n, groups, first, count);
       return count >= kLanes ? load_half(plain) : first_lanes(load_half(plain), static_cast<int>(count));
@@ -164,45 +182,69 @@ inline Vec multiply_row(const Weight& weight, int64_t groups, int64_t n, const R
     if (has_zeros) {
       Vec zero_point = set1(static_cast<float>(shift));
       if (!kPlain && weight.zeros != nullptr) zero_point = add(zero_point, read(nullptr, weight.zeros));
-      correction = fma(sub(zero(), mul(zero_point, s)), load(x_sums), correction);
+      const Vec less = sub(zero(), mul(zero_point, s));
+      for (int m = 0; m < kRows; ++m) correction[m] = fma(less, load(x[m].sums + first), correction[m]);
     }
-    if (has_offsets) correction = fma(read(offsets, weight.offsets), load(x_sums), correction);
-    return mul(s, load(x_scales));
+    if (has_offsets) {
+      const Vec offset = read(offsets, weight.offsets);
+      for (int m = 0; m < kRows; ++m) correction[m] = fma(offset, load(x[m].sums + first), correction[m]);
+    }
+    for (int m = 0; m < kRows; ++m) factors[m] = mul(s, load(x[m].scales + first));
   };
   constexpr int64_t kBlock = kLanes * Values::kGroupBytes;
   int64_t first = 0;
   for (; first + kLanes <= groups; first += kLanes) {
     for (int64_t line = 0; line < kBlock; line += 64) _mm_prefetch(row + kBytesAhead + line, _MM_HINT_T0);
-    Values::add_block(row, values, factors(first, kLanes), even, odd);
+    take_factors(first, kLanes);
+    Values::template add_block<kRows>(row, values, factors, even, odd);
     row += kBlock, scales += kLanes, offsets += kLanes;
-    values += kLanes * kRounded, x_scales += kLanes, x_sums += kLanes;
+    for (int m = 0; m < kRows; ++m) values[m] += kLanes * kRounded;
   }
   if (const int64_t count = groups - first; count > 0) {
     _mm_prefetch(row + kBytesAhead, _MM_HINT_T0);
     const char* const end = static_cast<const char*>(weight.data) + weight.rows * groups * Values::kGroupBytes;
-    odd = add(odd, Values::template rest<kPlain>(row, values, count, factors(first, count), end));
+    take_factors(first, count);
+    for (int m = 0; m < kRows; ++m)
+      odd[m] = add(odd[m], Values::template rest<kPlain>(row, values[m], count, factors[m], end));
   }
-  return add(add(even, odd), correction);
+  for (int m = 0; m < kRows; ++m) totals[m] = add(add(even[m], odd[m]), correction[m]);
 }
 
-template <typename Values, bool kPlain>
-inline void multiply_four(const Weight& weight, int64_t groups, int64_t n, const Rounded& x, float* y) {
-  Vec sums[4];
+template <typename Values, bool kPlain, int kRows>
+inline void multiply_four(const Weight& weight, int64_t groups, int64_t n, const Rounded* x, float* y, int64_t ldy) {
+  Vec sums[kRows][4];
 #pragma GCC unroll 1
-  for (int r = 0; r < 4; ++r) sums[r] = multiply_row<Values, kPlain>(weight, groups, n + r, x);
-  sum_of_four(sums, y + n);
+  for (int r = 0; r < 4; ++r) {
+    Vec totals[kRows];
+    multiply_row<Values, kPlain, kRows>(weight, groups, n + r, x, totals);
+    for (int m = 0; m < kRows; ++m) sums[m][r] = totals[m];
+  }
+  for (int m = 0; m < kRows; ++m) sum_of_four(sums[m], y + m * ldy + n);
 }
 
-template <typename Values>
-void multiply_rounded_by(const Weight& weight, int64_t inputs, int64_t begin, int64_t end, const Rounded& x, float* y) {
+template <typename Values, int kRows>
+void multiply_rounded_by(const Weight& weight, int64_t inputs, int64_t begin, int64_t end, const Rounded* x, float* y,
+                         int64_t ldy) {
   int64_t n = begin;
   const int64_t groups = inputs / kRounded;
-  for (; n + 4 <= end && is_plain(weight, groups, n + 4); n += 4) multiply_four<Values, true>(weight, groups, n, x, y);
-  for (; n + 4 <= end; n += 4) multiply_four<Values, false>(weight, groups, n, x, y);
-  for (; n < end; ++n) y[n] = sum(multiply_row<Values, false>(weight, groups, n, x));
+  for (; n + 4 <= end && is_plain(weight, groups, n + 4); n += 4)
+    multiply_four<Values, true, kRows>(weight, groups, n, x, y, ldy);
+  for (; n + 4 <= end; n += 4) multiply_four<Values, false, kRows>(weight, groups, n, x, y, ldy);
+  for (; n < end; ++n) {
+    Vec totals[kRows];
+    multiply_row<Values, false, kRows>(weight, groups, n, x, totals);
+    for (int m = 0; m < kRows; ++m) y[m * ldy + n] = sum(totals[m]);
+  }
 }
 
-void multiply_rounded(const Weight& weight, int64_t inputs, int64_t begin, int64_t end, const Rounded& x, float* y) {
-  if (weight.storage == Storage::kInt4) return multiply_rounded_by<Nibbles>(weight, inputs, begin, end, x, y);
-  return multiply_rounded_by<SignedBytes>(weight, inputs, begin, end, x, y);
+void multiply_rounded(const Weight& weight, int64_t inputs, int64_t begin, int64_t end, const Rounded* x, int64_t rows,
+                      float* y, int64_t ldy) {
+  const auto by = [&](auto values) {
+    using Values = decltype(values);
+    int64_t m = 0;
+    for (; m + 2 <= rows; m += 2) multiply_rounded_by<Values, 2>(weight, inputs, begin, end, x + m, y + m * ldy, ldy);
+    if (m < rows) multiply_rounded_by<Values, 1>(weight, inputs, begin, end, x + m, y + m * ldy, ldy);
+  };
+  if (weight.storage == Storage::kInt4) return by(Nibbles{});
+  by(SignedBytes{});
 }
