@@ -24,7 +24,7 @@ from engine.ops.delta_rule import plan_chunks
 from engine.ops.quantized import CPU_CHUNK_ELEMENTS, DEVICE_CHUNK_ELEMENTS
 from engine.training.activations import WIDE, Packing, layer_bytes
 from engine.training.dataset import Dataset
-from engine.training.loss import LOGITS_CHUNK_BYTES
+from engine.training.loss import chunk_rows
 
 LOGITS_COPIES = 3
 """Of a chunk of logits that exist together: in float32, in the compute type, and their gradient in that."""
@@ -104,7 +104,7 @@ class MemoryPlanner:
             alone = self._packing(held_out, held_out)
             layer = max(layer, *(self._layer_bytes(module, alone) for module in self._layers))
         ends = 4 * most_tokens * config.hidden_size * WIDE  # embeddings, final norm, hidden states and their gradient
-        rows = min(most_tokens, max(1, LOGITS_CHUNK_BYTES // (WIDE * config.vocab_size)))
+        rows = min(most_tokens, chunk_rows(config.vocab_size))
         state = self._optimizer_numbers()
         copies = 2 * (self._num_parameters + state) if self._spec.bound is not None else 0
         return MemoryEstimate(

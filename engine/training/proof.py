@@ -27,7 +27,7 @@ from engine.lora.adapter import Adapter
 from engine.ops.cpu import int8_activations
 from engine.training.batching import MicroBatch
 from engine.training.forward import TrainingForward
-from engine.training.loss import LOGITS_CHUNK_BYTES
+from engine.training.loss import chunk_rows
 from engine.training.loss_slices import head_parts
 from engine.training.seeds import derive_seed
 
@@ -93,7 +93,7 @@ def forward_difference(
     model, config = loaded.causal_lm(), loaded.engine_config
     vocab_size = loaded.config.vocab_size
     forward = forward.by_floats()
-    rows = max(1, LOGITS_CHUNK_BYTES // (4 * vocab_size))
+    rows = chunk_rows(vocab_size)
     difference = torch.zeros((), dtype=torch.float64)
     largest = torch.zeros((), dtype=torch.float64)
     for batch in batches:
