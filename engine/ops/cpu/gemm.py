@@ -7,7 +7,7 @@ adds the groups up in another order: the same integers, and a difference in the 
 
 On one thread of a Zen 3 (AVX2; shapes of SmolLM2-135M and Qwen3.5-0.8B) it takes, of the time of the product by floats,
 for weights of 8 and 4 bits: with 512 rows 0.7 and 0.4 (torch, of the widened weight); with 5 to 32 rows half and less;
-with one row 0.5 to 0.9 and 0.5. Of the time of one row, two take 1.3 to 1.6, four 2 to 3.
+with one row 0.5 to 0.9 and 0.5. Of the time of one row, two take 1.1 to 1.7, four 1.9 to 3.1.
 
 It is used within ``int8_activations`` alone, which serving, scoring and the forward of training enter where the
 engine's configuration allows it. Gradients are of the product by floats (engine.ops.quantized).
