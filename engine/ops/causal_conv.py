@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from engine.ops import cpu
 from engine.ops.backends import uses_triton_forward
+from engine.ops.fused_gradients import SLOPES
 
 BLOCK_ELEMENTS = 1 << 17
 """Of the output, made at one time on a CPU."""
@@ -87,8 +88,7 @@ class _WholeSequences(torch.autograd.Function):
             return cpu.conv_gradient(x, weight.mT.contiguous(), grad, starts, silu=ctx.silu), None, None, None
         if ctx.silu:
             y = causal_conv(x, weight, ctx.seq_starts)[0]
-            s = y.sigmoid()
-            grad = grad * s * (1.0 + y * (1.0 - s))
+            grad = grad * SLOPES["silu"](y)[1]
         backwards = [len(x) - at for at in reversed(ctx.seq_starts)]
         return causal_conv(grad.flip(0), weight, backwards)[0].flip(0), None, None, None
 

@@ -5,33 +5,22 @@ Shapes: T packed tokens, S sequences, C channels, W taps; H_k key and H_v value 
 
 from __future__ import annotations
 
-import ctypes
-
 from torch import Tensor
 
-from engine.ops.cpu.calls import _delta_sizes, _DeltaChunk, _end_to_end
-from engine.ops.cpu.library import KINDS, call, check_struct, empty
+from engine.ops.cpu.calls import _INTEGER, _POINTER, _delta_sizes, _DeltaChunk, _end_to_end, _fields, _struct
+from engine.ops.cpu.library import call, empty
 
-
-class _ConvGradient(ctypes.Structure):
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("x", "weight", "gradient", "seq_starts", "d_x")),
-        *((name, ctypes.c_int64) for name in ("sequences", "channels", "taps", "silu")),
-    )
-
-
-class _DeltaChunkGradient(ctypes.Structure):
-    _fields_ = (
-        ("forward", _DeltaChunk),
-        *((name, ctypes.c_void_p) for name in ("gradient", "seq_starts", "d_q", "d_k", "d_v", "d_a", "d_b")),
-        ("sequences", ctypes.c_int64),
-    )
-
-
-_CONV_GRADIENT = KINDS.index("conv_gradient")
-_DELTA_CHUNK_GRADIENT = KINDS.index("delta_chunk_gradient")
-check_struct("conv_gradient", _ConvGradient)
-check_struct("delta_chunk_gradient", _DeltaChunkGradient)
+_CONV_GRADIENT, _ConvGradient = _struct(
+    "conv_gradient",
+    **_fields(_POINTER, "x weight gradient seq_starts d_x"),
+    **_fields(_INTEGER, "sequences channels taps silu"),
+)
+_DELTA_CHUNK_GRADIENT, _DeltaChunkGradient = _struct(
+    "delta_chunk_gradient",
+    forward=_DeltaChunk,
+    **_fields(_POINTER, "gradient seq_starts d_q d_k d_v d_a d_b"),
+    sequences=_INTEGER,
+)
 
 
 def conv_gradient(x: Tensor, weight: Tensor, gradient: Tensor, seq_starts: Tensor, *, silu: bool) -> Tensor:
