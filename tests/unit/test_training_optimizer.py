@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -66,6 +69,60 @@ def test_state_comes_back_exactly(kind: str) -> None:
             second.step(0.01)
     for name in named:
         assert torch.equal(named[name], resumed[name])
+
+
+@pytest.mark.parametrize("kind", PARAMS)
+def test_updates_are_those_of_torch(kind: str) -> None:
+    """Five steps of changing rates, the first of rate 0, in which one parameter at times has no gradient: the
+    parameters and the state of torch's own optimizer, to the bit; only that its SGD couples the decay, so that there
+    it is applied by hand."""
+    params = PARAMS[kind]
+    named, optimizer = make(params)
+    theirs = {name: nn.Parameter(parameter.detach().clone()) for name, parameter in named.items()}
+    reference: torch.optim.Optimizer
+    if params.optimizer == "adamw":
+        reference = torch.optim.AdamW(
+            theirs.values(), betas=params.betas, eps=params.eps, weight_decay=params.weight_decay
+        )
+    else:
+        reference = torch.optim.SGD(theirs.values(), momentum=params.momentum)
+    for step, rate in enumerate((0.0, 0.02, 0.01, 0.03, 0.005)):
+        for each in (named, theirs):
+            give_gradients(each, step)
+            if step in (0, 3):
+                each["m.lora_B"].grad = None
+        if params.optimizer == "sgd":
+            for parameter in theirs.values():
+                if parameter.grad is not None:
+                    parameter.data.mul_(1 - rate * params.weight_decay)
+        reference.param_groups[0]["lr"] = rate
+        reference.step()
+        optimizer.step(rate)
+    expected = {
+        f"{name}:{quantity}": value
+        for name, parameter in theirs.items()
+        for quantity, value in reference.state[parameter].items()
+    }
+    state = optimizer.state()
+    assert state.keys() == expected.keys()
+    for key, value in state.items():
+        assert value.dtype == expected[key].dtype
+        assert torch.equal(value, expected[key])
+    for name, parameter in named.items():
+        assert torch.equal(parameter, theirs[name])
+
+
+def test_optimizers_import_no_compiler() -> None:
+    """torch.optim's classes import torch._dynamo: 2 s, and 130 MB that a run never uses."""
+    code = (
+        "import sys, torch; from torch import nn; from engine.jobs import TrainParams; "
+        "from engine.training.optimizer import Optimizer; "
+        "p = nn.Parameter(torch.ones(2)); p.grad = torch.ones(2); "
+        "o = Optimizer({'a': p}, TrainParams(max_steps=1)); o.clip(); o.step(0.1); o.zero_grad(); "
+        "assert float(p.detach().sum()) != 2.0; assert 'torch._dynamo' not in sys.modules"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
 
 
 def test_sgd_decay_does_not_enter_the_momentum() -> None:
