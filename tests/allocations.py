@@ -1,15 +1,18 @@
-"""Counts the memory that tensors take, exactly and on every device: storages, from when an operation makes them until
-nothing refers to them."""
+"""Counts the memory that tensors take, exactly and on every device: storages, from when an operation or the memory of
+the kernels' results makes them until nothing refers to them."""
 
 from __future__ import annotations
 
 import weakref
-from typing import Any
+from typing import Any, Self
+from unittest import mock
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
+
+from engine.ops.cpu.results import ResultMemory
 
 
 class Allocations(TorchDispatchMode):
@@ -25,6 +28,23 @@ class Allocations(TorchDispatchMode):
         super().__init__()
         self.live_bytes = self.peak_bytes = self.largest_bytes = 0
         self._known: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+
+    def __enter__(self) -> Self:
+        take = ResultMemory.take
+
+        def seen(memory: ResultMemory, shape: tuple[int, ...]) -> Tensor:
+            result = take(memory, shape)
+            self._see(result.untyped_storage())
+            return result
+
+        self._taking = mock.patch.object(ResultMemory, "take", seen)
+        self._taking.start()
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        self._taking.stop()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

@@ -33,6 +33,7 @@ from engine.jobs import (
 from engine.lora.adapter import Adapter
 from engine.lora.targets import kinds
 from engine.names import validate_name
+from engine.ops.cpu import results_apart
 from engine.training.adaptation import BoundedSteps
 from engine.training.batching import BatchOrder, MicroBatch, micro_batches
 from engine.training.checkpoint import Checkpoints
@@ -117,7 +118,7 @@ class _Run:
         self._progress.start()
         reset_peak_memory(self._loaded.device)
         try:
-            with freed_memory_kept():
+            with freed_memory_kept(), results_apart():
                 yield from self._run()
         except StopAndCheckpoint:
             if self._checkpointed_step != self._state.step:

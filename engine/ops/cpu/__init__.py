@@ -2,7 +2,7 @@
 
 What it offers is in kernels.h. ``library`` opens it, runs operations and captures programs of them; ``weights`` has the
 products, ``gemm`` says where they may round activations, ``calls``, ``encoder``, ``likelihood`` and
-``recurrent_gradients`` have the rest.
+``recurrent_gradients`` have the rest; ``results`` has the memory of results while a training run lasts.
 Nothing here decides but whether it can: callers keep the torch form, which is the reference
 (tests/unit/test_cpu_kernels.py, test_cpu_gemm.py, test_cpu_ops.py).
 """
@@ -34,6 +34,7 @@ from engine.ops.cpu.gemm import allows_int8_activations, int8_activations, takes
 from engine.ops.cpu.library import LEVELS, Arena, Program, available, capture, level, set_num_threads, takes
 from engine.ops.cpu.likelihood import token_nll
 from engine.ops.cpu.recurrent_gradients import conv_gradient, delta_chunk_gradient
+from engine.ops.cpu.results import results_apart
 from engine.ops.cpu.weights import (
     MAX_ROWS,
     MAX_ROWS_OF_INTEGERS,
@@ -78,6 +79,7 @@ __all__ = [
     "layer_norm",
     "level",
     "packed",
+    "results_apart",
     "rms_norm",
     "rms_norm_gradient",
     "rope",

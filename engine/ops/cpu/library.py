@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from engine.ops.cpu import results
+
 logger = logging.getLogger(__name__)
 
 LEVELS = ("none", "avx2", "avx512", "avx512vnni")
@@ -204,8 +206,8 @@ class Arena:
 
 
 def empty(shape: tuple[int, ...]) -> Tensor:
-    """float32 on the CPU, for a result: from the arena of the capture where there is one."""
-    return torch.empty(shape) if _capture.arena is None else _capture.arena.take(shape)
+    """float32 on the CPU, for a result: from the arena of the capture where there is one; see ``results``."""
+    return results.empty(shape) if _capture.arena is None else _capture.arena.take(shape)
 
 
 class Program:
