@@ -113,7 +113,7 @@ def test_updates_are_those_of_torch(kind: str) -> None:
 
 
 def test_optimizers_import_no_compiler() -> None:
-    """torch.optim's classes import torch._dynamo: 2 s, and 130 MB that a run never uses."""
+    """torch.optim's classes import torch._dynamo: 2 s, and 110 MB that a run never uses."""
     code = (
         "import sys, torch; from torch import nn; from engine.jobs import TrainParams; "
         "from engine.training.optimizer import Optimizer; "

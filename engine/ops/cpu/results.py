@@ -3,7 +3,7 @@
 A layer's forward leaves blocks of a few sizes behind for the backward, and between them frees others. glibc loses much
 of what lies between: to align a block it takes 96 bytes more and gives the rest back, in pieces that small allocations
 then take, so that a freed block is too short for the next of its own size. With SmolLM2-135M, 4 x 256 tokens, that was
-290 MB beside 790 MB that were in use. Here a result takes the smallest hole that holds it, and nothing small is among
+280 MB beside 810 MB that were in use. Here a result takes the smallest hole that holds it, and nothing small is among
 them. The system clears each page once a run, as with ``engine.core.heap``.
 """
 
