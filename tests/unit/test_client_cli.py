@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -283,6 +284,16 @@ def test_ctrl_c_cancels_the_run_and_exits_130(server: WireServer, tmp_path: Path
     assert cancelled == ["r1"]
     assert "whet runs resume r1" in " ".join(errors.split())
     assert "Traceback" not in errors
+
+
+def test_where_no_server_listens_the_error_says_how_to_name_one(capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.socket() as taken:  # bound, and nobody listens
+        taken.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        assert run(cli, ["--server", address, "models"]) == 1
+    printed = capsys.readouterr().err
+    assert printed.count("\n") == 1
+    assert address in printed and "WHET_SERVER" in printed and "--server" in printed
 
 
 def test_a_reader_that_leaves_does_not_bring_a_traceback(server: WireServer) -> None:

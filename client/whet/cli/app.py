@@ -20,7 +20,7 @@ from whet._channel import DEFAULT_ADDRESS
 
 FunctionT = TypeVar("FunctionT", bound=Callable[..., Any])
 
-progress_console = Console(stderr=True, highlight=False)
+progress_console = Console(stderr=True, highlight=False, soft_wrap=True)
 """Progress and remarks go to stderr, so that stdout holds results alone."""
 
 
@@ -140,12 +140,18 @@ def settings_options(function: FunctionT) -> FunctionT:
             "--server",
             envvar="WHET_SERVER",
             metavar="HOST:PORT",
+            show_envvar=True,
             help=f"Default: {DEFAULT_ADDRESS}.",
             expose_value=False,
             callback=_setting("server"),
         ),
         click.option(
-            "--token", envvar="WHET_TOKEN", help="Bearer token.", expose_value=False, callback=_setting("token")
+            "--token",
+            envvar="WHET_TOKEN",
+            show_envvar=True,
+            help="Bearer token.",
+            expose_value=False,
+            callback=_setting("token"),
         ),
         click.option(
             "--tls", is_flag=True, help="Trust the system's authorities.", expose_value=False, callback=_setting("tls")
@@ -229,7 +235,8 @@ def run(command: click.Command, arguments: Sequence[str] | None = None) -> int:
         return error.exit_code
     except WhetError as error:
         reference = f" (request {error.request_id})" if error.request_id else ""
-        print(f"whet: {error.code}: {_one_line(error.message)}{reference}", file=sys.stderr)
+        hint = _NO_SERVER if "failed to connect" in error.message else ""
+        print(f"whet: {error.code}: {_one_line(error.message)}{hint}{reference}", file=sys.stderr)
         return 1
     except BrokenPipeError:
         raise
@@ -237,6 +244,10 @@ def run(command: click.Command, arguments: Sequence[str] | None = None) -> int:
         print(f"whet: {_one_line(str(error))}", file=sys.stderr)
         return 1
     return 0
+
+
+# Behind gRPC's own words, which name the address and the cause.
+_NO_SERVER = "; `whet-server` starts a server, --server or WHET_SERVER names another one"
 
 
 def _one_line(text: str) -> str:
