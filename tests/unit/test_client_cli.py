@@ -293,7 +293,9 @@ def test_where_no_server_listens_the_error_says_how_to_name_one(capsys: pytest.C
         assert run(cli, ["--server", address, "models"]) == 1
     printed = capsys.readouterr().err
     assert printed.count("\n") == 1
-    assert address in printed and "WHET_SERVER" in printed and "--server" in printed
+    assert address in printed
+    assert "WHET_SERVER" in printed
+    assert "--server" in printed
 
 
 def test_a_reader_that_leaves_does_not_bring_a_traceback(server: WireServer) -> None:
