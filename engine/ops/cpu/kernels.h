@@ -394,10 +394,10 @@ struct Kernels {
   void (*rotate)(const Rope& op, int64_t begin, int64_t end);                // tokens
   void (*activate_rows)(const GatedActivation& op, int64_t begin, int64_t end);  // outer * inner rows
   void (*add_rows)(const Add& op, int64_t begin, int64_t end);
-  // Tokens [begin, end) of one sequence's cache for the queries of one key head: peak and sum of the softmax of each
-  // query, and its weighted values [heads / kv_heads, D], not yet divided by the sum.
-  void (*attend)(const Attention& op, int64_t token, int64_t kv_head, int64_t begin, int64_t end, float* peaks,
-                 float* sums, float* weighted);
+  // Tokens [begin, end) of one sequence's cache for the queries of some key heads: peak and sum of the softmax of each
+  // query, and its weighted values [heads * queries, D], not yet divided by the sum.
+  void (*attend)(const Attention& op, int64_t token, int64_t kv_head, int64_t heads, int64_t begin, int64_t end,
+                 float* peaks, float* sums, float* weighted);
   // Tokens [first, first + tokens) of the new ones of a sequence, for the queries of one key head.
   void (*attend_tile)(const TiledAttention& op, int64_t sequence, int64_t first, int64_t tokens, int64_t kv_head);
   void (*convolve)(const ConvStep& op, int64_t token, int64_t begin, int64_t end);  // channels

@@ -22,7 +22,9 @@ constexpr int64_t kPieceNumbers = 1 << 14;
 // Rows of queries that are taken together.
 constexpr int64_t kTileQueries = 96;
 // Tokens of a sequence whose softmax is taken together: few, since a short sequence has few pieces for the threads.
-constexpr int64_t kSpan = 64;
+constexpr int64_t kSpan = 32;
+// Numbers of a token's keys that one piece of attention reads, side by side: whole heads, at least one.
+constexpr int64_t kSpanNumbers = 512;
 
 // Rows of x that pass over a panel of W, enough that making it costs little, and numbers of each: together they stay near.
 constexpr int64_t kBlockRows = 252;
@@ -171,52 +173,62 @@ void run(const Rope& op, const Kernels& kernels) {
   over_rows(op.tokens, op.heads * op.width, [&](int64_t begin, int64_t end) { kernels.rotate(op, begin, end); });
 }
 
-// One span of a sequence, for the queries of one key head.
+// One span of a sequence, for the queries of some key heads.
 struct Span {
-  int64_t token, kv_head, begin, end;
+  int64_t token, kv_head, heads, begin, end;
+  int64_t result;  // of its first query; those of all query heads of a span lie together
 };
 
 void run(const Attention& op, const Kernels& kernels) {
-  const int64_t row = op.kv_heads * op.width, queries = op.heads / op.kv_heads, group = queries * op.width;
+  const int64_t row = op.kv_heads * op.width, queries = op.heads / op.kv_heads;
   for (int64_t token = 0; token < op.tokens; ++token) {
     std::copy_n(op.k + token * row, row, op.keys + op.slots[token] * row);
     std::copy_n(op.v + token * row, row, op.values + op.slots[token] * row);
   }
+  const int64_t step = std::clamp<int64_t>(kSpanNumbers / op.width, 1, op.kv_heads);
   thread_local std::vector<Span> spans;
+  thread_local std::vector<int64_t> starts;
   thread_local std::vector<float> buffer;
   spans.clear();
+  starts.assign(1, 0);
   for (int64_t token = 0; token < op.tokens; ++token) {
     const int64_t end = op.kv_lens[token], begin = op.window > 0 ? std::max<int64_t>(0, end - op.window) : 0;
-    for (int64_t head = 0; head < op.kv_heads; ++head)
-      for (int64_t at = begin; at < end; at = std::min(end, at / kSpan * kSpan + kSpan))
-        spans.push_back({token, head, at, std::min(end, at / kSpan * kSpan + kSpan)});
+    int64_t result = starts.back();
+    for (int64_t at = begin, next; at < end; at = next, result += op.heads) {
+      next = std::min(end, at / kSpan * kSpan + kSpan);
+      for (int64_t head = 0; head < op.kv_heads; head += step)
+        spans.push_back({token, head, std::min(step, op.kv_heads - head), at, next, result + head * queries});
+    }
+    starts.push_back(result);
   }
-  const auto count = static_cast<int64_t>(spans.size());
-  buffer.resize(count * (2 * queries + group));
+  const int64_t results = starts.back();
+  buffer.resize(results * (2 + op.width));
   // References: a lambda of the pool's threads would find thread_local vectors of its own.
   const Span* all = spans.data();
-  float *peaks = buffer.data(), *sums = peaks + count * queries, *weighted = sums + count * queries;
-  in_parallel(count, [&](int64_t i) {
-    kernels.attend(op, all[i].token, all[i].kv_head, all[i].begin, all[i].end, peaks + i * queries, sums + i * queries,
-                   weighted + i * group);
-  });
-  for (int64_t first = 0, last; first < count; first = last) {
-    last = first + 1;
-    while (last < count && all[last].token == all[first].token && all[last].kv_head == all[first].kv_head) ++last;
-    float* out = op.out + (all[first].token * op.heads + all[first].kv_head * queries) * op.width;
-    for (int64_t g = 0; g < queries; ++g, out += op.width) {
-      float peak = peaks[first * queries + g], total = 0.0f;
-      for (int64_t i = first + 1; i < last; ++i) peak = std::max(peak, peaks[i * queries + g]);
+  const int64_t* start = starts.data();
+  float *peaks = buffer.data(), *sums = peaks + results, *weighted = sums + results;
+  in_parallel(static_cast<int64_t>(spans.size()), [&](int64_t i) {
+    const Span& span = all[i];
+    kernels.attend(op, span.token, span.kv_head, span.heads, span.begin, span.end, peaks + span.result,
+                   sums + span.result, weighted + span.result * op.width);
+  }, true);
+  const int64_t rows = op.tokens * op.heads;
+  over_rows(rows, results * op.width / std::max<int64_t>(1, rows), [&](int64_t begin, int64_t end) {
+    for (int64_t row_of_q = begin; row_of_q < end; ++row_of_q) {
+      const int64_t token = row_of_q / op.heads, first = start[token] + row_of_q % op.heads, last = start[token + 1];
+      float* out = op.out + row_of_q * op.width;
+      float peak = peaks[first], total = 0.0f;
+      for (int64_t i = first; i < last; i += op.heads) peak = std::max(peak, peaks[i]);
       std::fill(out, out + op.width, 0.0f);
-      for (int64_t i = first; i < last; ++i) {
-        const float factor = std::exp(peaks[i * queries + g] - peak);
-        total += factor * sums[i * queries + g];
-        const float* part = weighted + i * group + g * op.width;
+      for (int64_t i = first; i < last; i += op.heads) {
+        const float factor = std::exp(peaks[i] - peak);
+        total += factor * sums[i];
+        const float* part = weighted + i * op.width;
         for (int64_t d = 0; d < op.width; ++d) out[d] += factor * part[d];
       }
       for (int64_t d = 0; d < op.width; ++d) out[d] /= total;
     }
-  }
+  });
 }
 
 // Some new tokens of one sequence, for the queries of one key head.
