@@ -45,6 +45,8 @@ class ModelHost(Protocol):
 
     async def wait_loaded(self) -> None: ...
 
+    def end_streams(self, model: str, error: EngineError) -> None: ...
+
     def models(self) -> dict[str, ModelInfo]: ...
 
 
@@ -81,7 +83,8 @@ class ModelEntry:
             self.num_users -= 1
 
     async def guard(self, source: AsyncGenerator[T]) -> AsyncGenerator[T]:
-        """Yields what ``source`` yields, which is work on this model that an unload by force may end.
+        """Yields what ``source`` yields, which is a job on this model that an unload by force may end. Generation does
+        without: its host ends it, and a task more is a seventh of what the front end spends on a token.
 
         ``source`` runs in a task of its own: that can be cancelled at any time, where a call's own task, amid a write
         to the wire, cannot.
@@ -113,13 +116,17 @@ class ModelEntry:
                     await arrived.wait()
                     arrived.clear()
             if task.cancelled():
-                raise CancelledError(f"model {self.name!r} was unloaded", reason="MODEL_UNLOADED")
+                raise self.unloaded_error()
             task.result()
         finally:
             self._guarded.discard(task)
             if not task.done():
                 task.cancel()
                 await asyncio.wait({task})
+
+    def unloaded_error(self) -> CancelledError:
+        """What work on the model ends with when it is unloaded by force."""
+        return CancelledError(f"model {self.name!r} was unloaded", reason="MODEL_UNLOADED")
 
     async def evict(self) -> None:
         """Ends all guarded work on the model, and waits until the workers have been told."""
@@ -330,6 +337,7 @@ class ModelRegistry:
             entry.state = "unloaded"  # from here on nobody begins to use it
             try:
                 await entry.evict()
+                self._host.end_streams(entry.name, entry.unloaded_error())
                 with contextlib.suppress(NotFoundError):  # then it is unloaded, as it should be
                     await self._host.unload_model(entry.name)
             finally:

@@ -137,8 +137,7 @@ class _Generation:
         """started, deltas, finished. Closing it stops the engine's work on the request."""
         outcome = "error"
         try:
-            outputs = self._model.entry.guard(self._services.pool.generate(self._request))
-            async with aclosing(outputs) as batches:
+            async with aclosing(self._services.pool.generate(self._request)) as batches:
                 async for batch in batches:
                     for output in coalesced(batch):
                         await self._convert_prompt_logprobs(output)

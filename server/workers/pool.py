@@ -227,6 +227,17 @@ class WorkerPool:
                 if replica.streams.pop(request.request_id, None) is not None and stream.unfinished:
                     replica.send(Abort(request_id=request.request_id))
 
+    def end_streams(self, model: str, error: EngineError) -> None:
+        """Ends all requests for a model, in the workers at once; what has come of each is yielded first, then ``error``
+        is raised. One that waits for a worker finds the model unloaded, or goes on."""
+        for replica in self._router.replicas:
+            for request_id, stream in list(replica.streams.items()):
+                if stream.request.model == model:
+                    del replica.streams[request_id]
+                    if stream.unfinished:
+                        replica.send(Abort(request_id=request_id))
+                        stream.fail(error)
+
     def stop_completion(self, request_id: str, index: int) -> None:
         """Ends one completion of a running request with "stop": a stop string was found in its text.
 

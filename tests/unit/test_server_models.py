@@ -47,6 +47,7 @@ class Host:
     def __init__(self) -> None:
         self.held: dict[str, ModelInfo] = {}
         self.loads = 0
+        self.ended: list[tuple[str, EngineError]] = []
         self.go = asyncio.Event()
         self.go.set()
         self.error: EngineError | None = None
@@ -63,6 +64,9 @@ class Host:
         await self.go.wait()
         self.held[name] = replace(INFO, name=name, path=path, tokenizer_path=path)
         return self.held[name]
+
+    def end_streams(self, model: str, error: EngineError) -> None:
+        self.ended.append((model, error))
 
     async def unload_model(self, name: str) -> None:
         async def unload() -> None:
@@ -177,9 +181,12 @@ async def test_force_ends_the_work_on_it(registry: ModelRegistry, host: Host) ->
         assert await anext(source) == 1
         with pytest.raises(FailedPreconditionError):
             await registry.unload("m", force=False)
+        assert not host.ended
         await registry.unload("m", force=True)
     with pytest.raises(CancelledError):
         await anext(source)
+    [(model, error)] = host.ended
+    assert (model, type(error), error.reason) == ("m", CancelledError, "MODEL_UNLOADED")
 
 
 async def test_a_failed_unload_tells_its_caller(registry: ModelRegistry, host: Host) -> None:
