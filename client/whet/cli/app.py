@@ -23,6 +23,9 @@ FunctionT = TypeVar("FunctionT", bound=Callable[..., Any])
 progress_console = Console(stderr=True, highlight=False, soft_wrap=True)
 """Progress and remarks go to stderr, so that stdout holds results alone."""
 
+# Behind gRPC's own words, which name the address and the cause.
+_NO_SERVER = "; `whet-server` starts a server, --server or WHET_SERVER names another one"
+
 
 @dataclasses.dataclass
 class Settings:
@@ -244,10 +247,6 @@ def run(command: click.Command, arguments: Sequence[str] | None = None) -> int:
         print(f"whet: {_one_line(str(error))}", file=sys.stderr)
         return 1
     return 0
-
-
-# Behind gRPC's own words, which name the address and the cause.
-_NO_SERVER = "; `whet-server` starts a server, --server or WHET_SERVER names another one"
 
 
 def _one_line(text: str) -> str:
