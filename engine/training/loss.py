@@ -29,9 +29,10 @@ MAX_CHUNK_ROWS = 256
 Head = Callable[[Tensor], Tensor]
 
 
-def chunk_rows(vocab_size: int, chunk_bytes: int = LOGITS_CHUNK_BYTES) -> int:
-    """Rows of logits that exist at a time."""
-    return max(1, min(MAX_CHUNK_ROWS, chunk_bytes // (4 * vocab_size)))
+def chunk_rows(vocab_size: int, chunk_bytes: int = LOGITS_CHUNK_BYTES, num_rows: int | None = None) -> int:
+    """Rows of logits that exist at a time; of ``num_rows``, as many as make chunks of like size."""
+    rows = max(1, min(MAX_CHUNK_ROWS, chunk_bytes // (4 * vocab_size)))
+    return rows if not num_rows else -(-num_rows // -(-num_rows // rows))
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -85,8 +86,7 @@ def chunked_cross_entropy(
         vocab_size: V.
     Returns: scalar, float32 (float64 where hidden is); 0 where N is 0.
     """
-    rows = chunk_rows(vocab_size, chunk_bytes)
-    rows = max(1, -(-len(hidden) // max(1, -(-len(hidden) // rows))))  # chunks of like size
+    rows = chunk_rows(vocab_size, chunk_bytes, len(hidden))
     if not torch.is_grad_enabled():
         hidden = hidden.detach()  # a Function asks its inputs alone whether to form gradients
     total: Tensor = _ChunkedCrossEntropy.apply(hidden, targets, head, rows)  # type: ignore[no-untyped-call]

@@ -85,8 +85,7 @@ def nll_slices(
         buffer: of the logits; None: one for these alone.
     """
     buffer = buffer or LogitsBuffer()
-    rows = chunk_rows(vocab_size, chunk_bytes)
-    rows = max(1, -(-len(hidden) // max(1, -(-len(hidden) // rows))))  # chunks of like size
+    rows = chunk_rows(vocab_size, chunk_bytes, len(hidden))
     total = 0.0
     gradients = torch.empty_like(hidden) if gradient else None
     for start in range(0, len(hidden), rows):
