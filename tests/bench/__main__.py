@@ -2,7 +2,7 @@
 
 Every number is the median of some rounds. Peers that are installed run in the same rounds, in turn, on the same
 weights; a line carries the peer's number, and a ratio that is above 1 where ours is the better. It carries the floor
-beside, as this machine's memory bandwidth and matrix rate allow, which were measured at the start of the run. Absolute
+beside, as this machine's memory bandwidth and matrix rate allow, which are measured in the same rounds. Absolute
 numbers depend on the machine and are no gates; ratios compare within one run.
 """
 

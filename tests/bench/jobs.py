@@ -46,10 +46,9 @@ def _train(
         sides[PEFT] = side("transformers")
     taken = bench.samples(sides, rounds=scale.train_rounds, warm_up=0)
     work = bench.counts(name).lora_step(batch * tokens, context=tokens / 2)
-    floor = batch * tokens / work.seconds(bench.limits)
     more = {"batch": batch, "seq_len": tokens, "rank": RANK, "targets": targets}
     rates = {which: [answer["rate"] for answer in answers] for which, answers in taken.items()}
-    bench.report(measure, "tokens/s", name, rates, floor=floor, **more)
+    bench.report(measure, "tokens/s", name, rates, floor=lambda limits: batch * tokens / work.seconds(limits), **more)
     peaks = {which: [float(answer["peak_bytes"]) for answer in answers] for which, answers in taken.items()}
     bench.report(f"{measure}_memory", "bytes", name, peaks, **more)
 
@@ -150,10 +149,10 @@ def _embed(bench: Bench, measure: str, name: str) -> None:
     work = bench.counts(EMBEDDER).forward(sum(lengths), context=mean, heads=0)
     more: dict[str, Any] = {"texts": len(lengths), "batch": scale.embed_batch, "tokens_per_text": mean}
     if name == EMBEDDER_Q8:
-        more["floor_int8"] = round(len(lengths) / work.seconds(bench.limits, int8=True), 1)
+        more["floor_int8"] = lambda limits: len(lengths) / work.seconds(limits, int8=True)
     if cosines:
         more["least_cosine"] = round(min(cosines), 5)
-    bench.compared(measure, "texts/s", name, sides, floor=len(lengths) / work.seconds(bench.limits), **more)
+    bench.compared(measure, "texts/s", name, sides, floor=lambda limits: len(lengths) / work.seconds(limits), **more)
 
 
 def _check_vectors(engine: Engine, name: str, process: PeerProcess, texts: list[list[int]], peer: str) -> float:
@@ -207,10 +206,15 @@ def perplexity(bench: Bench) -> None:
     sides |= _llama_perplexity(bench, window, scale.perplexity_tokens)
     # Each window but the first scores its latter half.
     share = bench.counts(GENERATOR).forward(window, context=window / 2, heads=stride)
-    floor = stride / share.seconds(bench.limits)
-    int8 = round(stride / share.seconds(bench.limits, int8=True), 1)
     bench.compared(
-        "perplexity", "tokens/s", GENERATOR, sides, floor=floor, floor_int8=int8, window=window, stride=stride
+        "perplexity",
+        "tokens/s",
+        GENERATOR,
+        sides,
+        floor=lambda limits: stride / share.seconds(limits),
+        floor_int8=lambda limits: stride / share.seconds(limits, int8=True),
+        window=window,
+        stride=stride,
     )
 
 

@@ -1,14 +1,17 @@
 """What this machine can do, measured now: how fast it reads memory and multiplies matrices, by torch's own operations.
 
 A floor is the time that some work takes if it does nothing but read its bytes, or nothing but multiply, at these
-rates. A limit is the best of a few repetitions, as a neighbour can only make one slower; a measure is a median.
+rates. A shared machine is half as fast in some minutes as in others, so limits are measured in each round of a measure,
+in turn with what is measured, and the median of the rounds counts, as it does there. In a round a limit is the best of
+a few repetitions.
 """
 
 from __future__ import annotations
 
 import platform
+import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 
@@ -30,9 +33,10 @@ class Limits:
     float32_flops_per_second: float
     int8_operations_per_second: float
 
-    def best(self, other: Limits) -> Limits:
-        """The higher of each rate."""
-        return Limits(*map(max, astuple(self), astuple(other)))
+    @staticmethod
+    def median(rounds: Sequence[Limits]) -> Limits:
+        """The median of each rate."""
+        return Limits(*map(statistics.median, zip(*map(astuple, rounds), strict=True)))
 
     def rounded(self) -> dict[str, float]:
         """For a line of JSON: in GB/s, GFLOP/s and GOP/s."""
@@ -65,7 +69,7 @@ def measure_limits(*, quick: bool = False) -> Limits:
         quick: on small tensors, which shows that it works and no more.
     """
     size, count = (256, 1 << 20) if quick else (2048, 1 << 26)
-    repeats = 2 if quick else 7
+    repeats = 2 if quick else 3
     values = _on_huge_pages(torch.ones(count))
     ones = torch.ones(4096)
     matrix = torch.randn(size, size)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from tests.bench.machine import Work
+from tests.bench.machine import Limits, Work
 from tests.bench.models import GENERATOR, GENERATOR_FLOAT, GENERATOR_HALF, GENERATOR_Q8, HYBRID, HYBRID_Q8, file_type
 from tests.bench.peers import OPENVINO, llama_cpp
 from tests.bench.setup import OURS, Bench
@@ -113,8 +113,8 @@ def time_to_first_token(bench: Bench) -> None:
     sides: Sides = {OURS: lambda: first_token_seconds(bench, GENERATOR, count)}
     if _has_reference(bench):
         sides["transformers"] = lambda: _reference_first_token_seconds(bench, GENERATOR, count)
-    floor = _prompt_work(bench, GENERATOR, count).seconds(bench.limits)
-    bench.compared("time_to_first_token", "seconds", GENERATOR, sides, floor=floor, prompt_tokens=count)
+    work = _prompt_work(bench, GENERATOR, count)
+    bench.compared("time_to_first_token", "seconds", GENERATOR, sides, floor=work.seconds, prompt_tokens=count)
 
 
 def _prefill(bench: Bench, measure: str, name: str, reference: str | None = None) -> None:
@@ -134,8 +134,8 @@ def _prefill(bench: Bench, measure: str, name: str, reference: str | None = None
         "tokens/s",
         name,
         sides,
-        floor=count / work.seconds(bench.limits),
-        floor_int8=round(count / work.seconds(bench.limits, int8=True), 1),
+        floor=lambda limits: count / work.seconds(limits),
+        floor_int8=lambda limits: count / work.seconds(limits, int8=True),
         prompt_tokens=count,
     )
 
@@ -210,7 +210,7 @@ def _decode(bench: Bench, measure: str, name: str, streams: int, reference: str 
             sides[peer] = lambda whole=whole: steps / whole()  # type: ignore[misc]
     work = bench.counts(name).decode(streams, scale.prompt_tokens + steps / 2)
     more = {"streams": streams, "prompt_tokens": scale.prompt_tokens, "new_tokens": scale.new_tokens}
-    bench.compared(measure, "tokens/s", name, sides, floor=streams / work.seconds(bench.limits), **more)
+    bench.compared(measure, "tokens/s", name, sides, floor=lambda limits: streams / work.seconds(limits), **more)
 
 
 def decode_1(bench: Bench) -> None:
@@ -301,6 +301,9 @@ def streams_8(bench: Bench) -> None:
     prompt_tokens = scale.stream_prompt_tokens
     prefill_work = counts.forward(streams * prompt_tokens, context=prompt_tokens / 2, heads=streams)
     decode_work = counts.decode(streams, prompt_tokens + new_tokens / 2)
-    least = prefill_work.seconds(bench.limits) + (new_tokens - 1) * decode_work.seconds(bench.limits)
+
+    def floor(limits: Limits) -> float:
+        return total / (prefill_work.seconds(limits) + (new_tokens - 1) * decode_work.seconds(limits))
+
     more = {"streams": streams, "prompt_tokens": prompt_tokens, "new_tokens": new_tokens}
-    bench.compared("streams_8", "tokens/s", GENERATOR, sides, floor=total / least, **more)
+    bench.compared("streams_8", "tokens/s", GENERATOR, sides, floor=floor, **more)

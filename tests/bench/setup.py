@@ -26,6 +26,7 @@ from tests.bench.peers import Peers
 from tests.bench.peers.process import PeerProcess
 
 T = TypeVar("T")
+Floor = Callable[[Limits], float]
 
 OURS = "whet"
 CACHE_BYTES = 512 << 20
@@ -54,7 +55,7 @@ class Scale:
     train_batch: int = 4
     train_tokens: int = 256
     hybrid_train_tokens: int = 128
-    train_steps: int = 4
+    train_steps: int = 3
     train_rounds: int = 5
     embed_texts: int = 128
     embed_batch: int = 32
@@ -120,8 +121,7 @@ class Bench:
     peers: Peers = field(init=False)
     stack: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
     _made: dict[str, Any] = field(default_factory=dict)
-    _limits: Limits | None = None
-    _limits_are_old: bool = False
+    _limits: list[Limits] = field(default_factory=list)
     _versions: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -135,13 +135,10 @@ class Bench:
 
     @property
     def limits(self) -> Limits:
-        """What the machine can do: the best of what was measured before each measure so far, as a shared machine is
-        slower at some times than at others."""
-        if self._limits is None or self._limits_are_old:
-            found = measure_limits(quick=self.quick)
-            self._limits = found if self._limits is None else self._limits.best(found)
-            self._limits_are_old = False
-        return self._limits
+        """What the machine can do: the median over the rounds of this measure, or what it is now if there was none."""
+        if not self._limits:
+            self._limits.append(measure_limits(quick=self.quick))
+        return Limits.median(self._limits)
 
     def load(self, name: str) -> Engine:
         """An engine with one model, loaded under its name."""
@@ -187,7 +184,7 @@ class Bench:
         """Ends the peers' processes and frees models, so that measures do not crowd each other."""
         self.stack.close()
         self._made.clear()
-        self._limits_are_old = True
+        self._limits.clear()
 
     def _once(self, key: str, make: Callable[[], T]) -> T:
         if key not in self._made:
@@ -199,7 +196,8 @@ class Bench:
     def samples(
         self, sides: Mapping[str, Callable[[], T]], rounds: int | None = None, warm_up: int | None = None
     ) -> dict[str, list[T]]:
-        """What each side gave in each round; in every round each side has its turn, so that all see the same machine.
+        """What each side gave in each round. Every round has a turn for each side and for the machine's limits, so that
+        all see the same machine.
 
         Args:
             rounds, warm_up: None: those of the scale.
@@ -208,6 +206,8 @@ class Bench:
         warm_up = self.scale.warm_up if warm_up is None else warm_up
         taken: dict[str, list[T]] = {side: [] for side in sides}
         for round_ in range(-warm_up, rounds):
+            if round_ >= 0:
+                self._limits.append(measure_limits(quick=self.quick))
             for side, measure in sides.items():
                 value = measure()
                 if round_ >= 0:
@@ -226,15 +226,20 @@ class Bench:
         unit: str,
         model: str,
         samples: Mapping[str, list[float]],
-        floor: float | None = None,
+        floor: Floor | None = None,
+        floor_int8: Floor | None = None,
         **more: Any,
     ) -> None:
         """Prints a line for each peer that was measured, or one without a peer.
 
         Args:
             samples: of OURS, and of the peers under their names.
-            floor: what the machine's limits allow, in the unit of the measure.
+            floor: what limits of a machine allow, in the unit of the measure.
+            floor_int8: the same where products may be of int8.
         """
+        least = None if floor is None else floor(self.limits)
+        if floor_int8 is not None:
+            more["floor_int8"] = _rounded(floor_int8(self.limits))
         value = statistics.median(samples[OURS])
         peers: list[str | None] = [peer for peer in samples if peer != OURS]
         for peer in peers or [None]:
@@ -259,9 +264,9 @@ class Bench:
             }
             if peer is not None:
                 line["peer_spread"] = [_rounded(min(samples[peer])), _rounded(max(samples[peer]))]
-            if floor is not None:
-                fraction = floor / value if lower else value / floor
-                line |= {"floor": _rounded(floor), "floor_fraction": round(fraction, 4)}
+            if least is not None:
+                fraction = least / value if lower else value / least
+                line |= {"floor": _rounded(least), "floor_fraction": round(fraction, 4)}
             print(json.dumps(line | more), flush=True)
 
     def know_version(self, peer: str, version: str) -> None:

@@ -80,15 +80,22 @@ def rows(lines: Iterable[dict[str, Any]], remarks: dict[str, str]) -> list[tuple
 def markdown(lines: list[dict[str, Any]], remarks: dict[str, str]) -> str:
     """The table, and below it where and when it was measured and what the machine can do."""
     table = ["| " + " | ".join(cells) + " |" for cells in (HEAD, ["---"] * len(HEAD), *rows(lines, remarks))]
-    runs = sorted({_conditions(line) for line in lines})
-    return "\n".join([*table, "", *runs])
+    runs: dict[tuple[str, str, int], list[dict[str, float]]] = {}
+    for line in lines:
+        runs.setdefault((line["date"], line["machine"], line["threads"]), []).append(line["limits"])
+    return "\n".join([*table, "", *(_conditions(*run, limits) for run, limits in sorted(runs.items()))])
 
 
-def _conditions(line: dict[str, Any]) -> str:
-    limits = line["limits"]
+def _conditions(date: str, machine: str, threads: int, limits: list[dict[str, float]]) -> str:
+    """Where and when, and between what the machine's limits were from measure to measure."""
+
+    def between(name: str) -> str:
+        found = sorted({f"{each[name]:.0f}" for each in limits}, key=int)
+        return " to ".join(found if len(found) < 3 else (found[0], found[-1]))
+
     return (
-        f"{line['date']}, {line['machine']}, {line['threads']} threads: reads {limits['read_gb_per_second']} GB/s, "
-        f"float32 {limits['float32_gflop_per_second']} GFLOP/s, int8 {limits['int8_gop_per_second']} GOP/s."
+        f"{date}, {machine}, {threads} threads: reads {between('read_gb_per_second')} GB/s, "
+        f"float32 {between('float32_gflop_per_second')} GFLOP/s, int8 {between('int8_gop_per_second')} GOP/s."
     )
 
 

@@ -95,10 +95,11 @@ def _line(measure: str, peer: str | None, ratio: float | None, **more: object) -
 
 
 def test_the_table_names_the_best_peer_and_keeps_remarks() -> None:
+    slower = {"read_gb_per_second": 8, "float32_gflop_per_second": 80, "int8_gop_per_second": 199.6}
     lines = [
         _line("decode_1", "slow", 3.0, floor_fraction=0.5),
         _line("decode_1", "fast", 1.5, floor_fraction=0.5),
-        _line("train_memory", None, None, unit="bytes", value=2.0**30),
+        _line("train_memory", None, None, unit="bytes", value=2.0**30, limits=slower),
     ]
     table = markdown(lines, {"decode_1": "attention"}).splitlines()  # type: ignore[arg-type]
     assert table[2] == (
@@ -107,7 +108,7 @@ def test_the_table_names_the_best_peer_and_keeps_remarks() -> None:
     )
     assert "| `train_memory` m | `python -m tests.bench train` | 1.00 GiB |  |  | >= 2 |  |  |" in table
     assert "| `embed` | `python -m tests.bench embed` | not measured |  |  | >= 1.4 |  |  |" in table
-    assert table[-1] == "2026-01-02, a CPU, 2 threads: reads 10 GB/s, float32 80 GFLOP/s, int8 200 GOP/s."
+    assert table[-1] == "2026-01-02, a CPU, 2 threads: reads 8 to 10 GB/s, float32 80 GFLOP/s, int8 200 GOP/s."
     remarks = remarks_of("\n".join(table))
     assert remarks.keys() == AIMS.keys()
     assert {measure: remark for measure, remark in remarks.items() if remark} == {"decode_1": "attention"}
