@@ -44,6 +44,7 @@ from server.snapshot import Snapshot
 from server.version import server_version
 from server.workers.pool import WorkerPool, WorkerSnapshot
 from server.workers.replica import SupervisionConfig
+from server.workers.turns import behind_the_engine
 from whet.v1 import (
     embedding_pb2,
     embedding_pb2_grpc,
@@ -366,6 +367,7 @@ def serve(config: ServerConfig) -> int:
     async def run() -> None:
         await App(config).run()
 
+    behind_the_engine()  # before any thread
     try:
         asyncio.run(run())
     except StartError as error:

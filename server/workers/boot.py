@@ -13,6 +13,8 @@ import queue
 import signal
 import threading
 
+from server.workers.turns import as_usual
+
 _MAX_CONFIG_BYTES = 1 << 20
 
 
@@ -46,6 +48,7 @@ def main() -> None:
     # first slow import. Shutdown, or the end of the parent, ends a worker.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    as_usual()  # before any thread
     # GNU OpenMP reads its settings as torch loads it. Its own choice is to spin some milliseconds at each barrier:
     # where cores are shared with anything else, threads then burn the time that those they wait for need (decoding fell
     # from 16 to 2 tokens/s beside busy processes). With 20,000 turns decoding is at 95% of its undisturbed rate or

@@ -144,6 +144,10 @@ def test_a_killed_worker_shows_in_health_and_comes_back(start_server: Callable[.
     wait_for(lambda: stubs.is_serving(f"model/{MODEL}") and server.get("/readyz")[0] == 200)
     assert server.metric("whet_worker_restarts_total", worker="0") == 1.0
     stubs.close()
+    if hasattr(os, "SCHED_BATCH"):
+        # The front end takes no core from the engine, and a worker that it started does not have its policy.
+        assert os.sched_getscheduler(server.process.pid) == os.SCHED_BATCH
+        assert os.sched_getscheduler(server.worker_pid()) == os.SCHED_OTHER
 
 
 def reflect(stubs: Stubs) -> set[str]:
