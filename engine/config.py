@@ -206,7 +206,7 @@ class EngineConfig:
     state_checkpoint_interval: int = 64
     job_slice_seconds: float = 0.05
     job_share: float = 0.5
-    job_max_slowdown: float = 1.25
+    job_max_slowdown: float = 1.4
     state_dir: str = ""
 
     @property

@@ -177,11 +177,11 @@ class ServerConfig(BaseSettings):
         default=0.5, gt=0, le=1, description="Fraction of the engine's time that jobs may take while requests run."
     )
     job_max_slowdown: float = Field(
-        default=1.25,
+        default=1.4,
         gt=1,
         le=1000,
-        description="Largest factor by which jobs may stretch the time between two tokens of a stream. With 1.25, what "
-        "jobs do between two steps is planned to take at most a quarter of a step.",
+        description="Largest factor by which jobs may stretch the time between two tokens of a stream. With 1.4, what "
+        "jobs do between two steps is planned to take at most two fifths of a step.",
     )
     heartbeat_stale_seconds: float = Field(
         default=20.0,
