@@ -8,6 +8,7 @@ a few repetitions.
 
 from __future__ import annotations
 
+import functools
 import platform
 import statistics
 import time
@@ -63,23 +64,28 @@ class Work:
 
 
 def measure_limits(*, quick: bool = False) -> Limits:
-    """Measures with the threads that torch has.
+    """Measures with the threads that torch has; a second or two.
 
     Args:
         quick: on small tensors, which shows that it works and no more.
     """
-    size, count = (256, 1 << 20) if quick else (2048, 1 << 26)
+    values, square = _operands(quick)
     repeats = 2 if quick else 3
-    values = _on_huge_pages(torch.ones(count))
+    rows = values.view(-1, 4096)
     ones = torch.ones(4096)
-    matrix = torch.randn(size, size)
-    reads = (values.sum, lambda: torch.mv(values.view(-1, 4096), ones))
-    multiply = _seconds(lambda: matrix @ matrix, repeats)
     return Limits(
-        read_bytes_per_second=values.nbytes / min(_seconds(read, repeats) for read in reads),
-        float32_flops_per_second=2 * size**3 / multiply,
-        int8_operations_per_second=max(_int_mm_rate(size, repeats), _onednn_rate(size, repeats)),
+        read_bytes_per_second=values.nbytes
+        / min(_seconds(read, repeats) for read in (values.sum, lambda: rows @ ones)),
+        float32_flops_per_second=2 * len(square) ** 3 / _seconds(lambda: square @ square, repeats),
+        int8_operations_per_second=max(_int_mm_rate(len(square), repeats), _onednn_rate(len(square), repeats)),
     )
+
+
+@functools.cache
+def _operands(quick: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """What is read, 256 MiB, and a square matrix. They are kept: making them takes as long as measuring with them."""
+    size, count = (256, 1 << 20) if quick else (2048, 1 << 26)
+    return _on_huge_pages(torch.ones(count)), torch.randn(size, size)
 
 
 def _on_huge_pages(values: torch.Tensor) -> torch.Tensor:
@@ -92,10 +98,11 @@ def _on_huge_pages(values: torch.Tensor) -> torch.Tensor:
 
 
 def _int_mm_rate(size: int, repeats: int) -> float:
-    """Operations per second of torch._int_mm; on a small matrix where that shows already that it is a plain loop."""
+    """Operations per second of torch._int_mm; of a small matrix where that shows already that it is a plain loop, of
+    some 2e9, which would take half a minute for a large one."""
     small = _square(256)
     rate = 2 * 256**3 / _seconds(lambda: torch._int_mm(small, small), 2)
-    if size == 256 or rate < 2e9:
+    if size == 256 or rate < 2e10:
         return rate
     matrix = _square(size)
     return 2 * size**3 / _seconds(lambda: torch._int_mm(matrix, matrix), repeats)
