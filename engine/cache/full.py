@@ -46,7 +46,10 @@ class FullAttentionManager(CacheManager):
         return sequence.num_computed_tokens
 
     def allocate(self, sequence: CachedSequence, num_tokens: int, num_drafts: int = 0) -> bool:
-        blocks = self.pool.allocate(self.blocks_needed(sequence, num_tokens))
+        needed = self.blocks_needed(sequence, num_tokens)
+        if needed == 0:  # most decoded tokens
+            return True
+        blocks = self.pool.allocate(needed)
         if blocks is None:
             return False
         sequence.block_table.extend(blocks)

@@ -3,6 +3,7 @@
 A step in which every sequence has one new token runs the same operations each time; only the numbers in a few index
 tensors differ. So the operations are recorded as they first run (engine.ops.cpu.capture), over tensors that stay, and
 later steps write the numbers and run the record in one call: Python's part no longer grows with the depth of the model.
+A step of the sequences of the step before writes the few numbers that are new.
 The recorded operations are those that the model called, so a replay computes what the model would. A step of which
 torch computed a part cannot be replayed, which the capture notices; then every step runs as it would without.
 
@@ -12,6 +13,7 @@ Shapes: S sequences, V vocabulary.
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from collections.abc import Sequence as Seq
 
 import torch
@@ -39,6 +41,7 @@ class DecodeGraphs:
         self._max_blocks = -(-max_model_len // cache.block_size)
         self._arena = cpu.Arena()
         self._graphs: dict[int, _Graph | None] = {}
+        self._last: _Graph | None = None
         self._refused = False
 
     def logits(
@@ -50,6 +53,7 @@ class DecodeGraphs:
         adapters: Seq[Adapter | None],
     ) -> Tensor | None:
         """See CapturedSteps. Products by adapters are torch's, so there is none with an adapter."""
+        self._last = None
         if any(adapter is not None for adapter in adapters):
             return None
         count = len(tokens)
@@ -61,7 +65,7 @@ class DecodeGraphs:
             graph.write(tokens, computed, block_tables, state_slots)
             held = len(self._arena)
             foreign = graph.capture(self._model, self._arena, self._cache, self._states)
-            self._graphs[count] = graph if foreign is None else None
+            self._graphs[count] = self._last = graph if foreign is None else None
             if foreign is not None:
                 self._arena.shrink(held)
                 if not self._refused:
@@ -70,7 +74,27 @@ class DecodeGraphs:
             return graph.output
         graph.write(tokens, computed, block_tables, state_slots)
         graph.program.replay()
+        self._last = graph
         return graph.output
+
+    @property
+    def can_go_on(self) -> bool:
+        """Whether the last step can be followed by ``next_likeliest``."""
+        return self._last is not None
+
+    def next_likeliest(
+        self, tokens: Iterable[int], computed: Iterable[int], block_tables: Iterable[Seq[int]]
+    ) -> list[int]:
+        """``logits`` of the sequences of the last step, in its order and with its state slots, each one token further
+        on. Runs no operation of torch.
+
+        Returns: per sequence, its likeliest token; -1 where the logit of that is not finite.
+        """
+        graph = self._last
+        assert graph is not None
+        graph.advance(tokens, computed, block_tables)
+        graph.program.replay()
+        return graph.likeliest.tolist()
 
 
 class _Graph:
@@ -86,13 +110,16 @@ class _Graph:
         self._kv_lens = index(count)
         self._state_slots = index(count)
         self._tables = index(count, max_blocks, dtype=torch.int32)
-        # numpy writes a list into memory in a fraction of what an operation of torch costs.
+        # numpy writes a list into memory in a fraction of what an operation of torch costs, and a memoryview a number.
         self._arrays = [t.numpy() for t in (self.token_ids, self._positions, self._slots, self._kv_lens)]
         self._table_array = self._tables.numpy()
         self._state_array = self._state_slots.numpy()
+        self._numbers = [array.data for array in self._arrays]
+        self._table_rows = [row.data for row in self._table_array]
         self._block_size = block_size
         self.program = cpu.Program()
         self.output = torch.empty(0)
+        self.likeliest = memoryview(b"")  # [S] int64; see DecodeGraphs.next_likeliest
 
     def write(self, tokens: Seq[int], computed: Seq[int], block_tables: Seq[Seq[int]], state_slots: Seq[int]) -> None:
         """Puts the numbers of a step into the tensors."""
@@ -106,6 +133,20 @@ class _Graph:
             self._table_array[row, : len(table)] = table
         if state_slots:
             self._state_array[:] = state_slots
+
+    def advance(self, tokens: Iterable[int], computed: Iterable[int], block_tables: Iterable[Seq[int]]) -> None:
+        """``write`` for the sequences that were written last, each with one token more in the cache: of its blocks only
+        that of the new token can be new."""
+        size = self._block_size
+        ids, positions, slots, kv_lens = self._numbers
+        for row, (token, position, table) in enumerate(zip(tokens, computed, block_tables, strict=True)):
+            index = position // size
+            block = table[index]
+            ids[row] = token
+            positions[row] = position
+            slots[row] = block * size + position % size
+            kv_lens[row] = position + 1
+            self._table_rows[row][index] = block
 
     def capture(
         self, model: CausalLM, arena: cpu.Arena, cache: PagedCache, states: RecurrentStates | None
@@ -127,4 +168,6 @@ class _Graph:
         )
         with cpu.capture(arena) as self.program:
             self.output = model.compute_logits(model(self.token_ids, ctx))
+            if self.program.foreign is None:
+                self.likeliest = cpu.likeliest(self.output).numpy().data
         return self.program.foreign

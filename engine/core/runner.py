@@ -20,6 +20,7 @@ from engine.core.failures import as_engine_error
 from engine.core.launched import LaunchedBatch
 from engine.core.loaded import LoadedModel
 from engine.core.memory import CachePlan
+from engine.core.repeated import repeated_steps
 from engine.core.scheduled import ScheduledBatch, ScheduledSequence
 from engine.core.scheduler import Scheduler
 from engine.core.sequence import Sequence, new_sequences
@@ -88,6 +89,7 @@ class Runner:
         self._device_sampler = DeviceSampler()
         self._sampler = Sampler() if loaded.device.type == "cpu" else self._device_sampler
         self._graphs = captured_steps(loaded, model, cache, states, plan.max_sequences)
+        self._repeats = repeated_steps(self._graphs, self._sampler, has_states=states is not None)
         self._under_way: LaunchedBatch | None = None
         self._observations: dict[str, list[float]] = defaultdict(list)
 
@@ -143,28 +145,36 @@ class Runner:
 
     # --------------------------------------------------------------------------------------------------------- step
 
-    @torch.inference_mode()
     def step(self, *, overlap: bool = True) -> list[RequestOutput]:
         """One batch: schedule, forward, sample. A failure ends the sequences of the batch with an error, no others.
 
         Args:
             overlap: the next step may be under way on return, where steps can be launched ahead of what they gave.
         """
-        with cpu.int8_activations(self._loaded.engine_config.rounds_activations):
-            if self._under_way is not None and self._under_way.is_over:
-                self._under_way = None
+        if self._under_way is not None and self._under_way.is_over:
+            self._under_way = None
+        if self._under_way is None:
+            batch = self._scheduler.schedule()
+            self._observations["step_tokens"].append(batch.num_tokens)
+            try:
+                if self._repeats is not None and self._repeats.takes(batch):
+                    sampled = self._repeats.run()
+                else:
+                    sampled = self._begin(batch)
+            except Exception as error:  # noqa: BLE001 - reported to each caller; the engine goes on
+                return self._fail(batch, error)
             if self._under_way is None:
-                batch = self._scheduler.schedule()
-                self._observations["step_tokens"].append(batch.num_tokens)
-                try:
-                    self._under_way = self._launch(batch)
-                    sampled = {} if self._under_way is not None else self._execute(batch)
-                except Exception as error:  # noqa: BLE001 - reported to each caller; the engine goes on
-                    return self._fail(batch, error)
-                if self._under_way is None:
-                    return [self._report(entry, sampled.get(id(entry.sequence))) for entry in batch.entries]
-            return self._read(self._under_way, overlap and self._loaded.engine_config.enable_overlap)
+                return [self._report(entry, sampled.get(id(entry.sequence))) for entry in batch.entries]
+        return self._read(self._under_way, overlap and self._loaded.engine_config.enable_overlap)
 
+    @torch.inference_mode()
+    def _begin(self, batch: ScheduledBatch) -> dict[int, int | EngineError]:
+        """Launches the step, or runs it at once. Returns what ``_execute`` does, nothing where it was launched."""
+        with cpu.int8_activations(self._loaded.engine_config.rounds_activations):
+            self._under_way = self._launch(batch)
+            return {} if self._under_way is not None else self._execute(batch)
+
+    @torch.inference_mode()
     def _read(self, launched: LaunchedBatch, overlap: bool) -> list[RequestOutput]:
         """Reports the step under way, after the one that follows it has been launched, if it can be."""
         self._under_way = None
@@ -172,7 +182,8 @@ class Runner:
         failure: Exception | None = None
         if following is not None:
             try:
-                self._under_way = self._launch(following, launched)
+                with cpu.int8_activations(self._loaded.engine_config.rounds_activations):
+                    self._under_way = self._launch(following, launched)
             except Exception as error:  # noqa: BLE001 - reported to each caller; the engine goes on
                 failure = error
             else:
@@ -226,6 +237,8 @@ class Runner:
         sequences = [entry.sequence for entry in entries]
         slots, saves = self._prepare_states(sequences)
         logits = self._replay(sequences, slots) if batch.decodes else None
+        if self._repeats is not None:
+            self._repeats.ran(None if logits is None else batch)
         if logits is not None:
             self._keep_states(slots, saves)
             return self._sample(logits, sequences)

@@ -93,6 +93,7 @@ class Scheduler:
         self._waiting: list[Sequence] = []  # both sorted by Sequence.order
         self._running: list[Sequence] = []
         self._live: dict[str, list[Sequence]] = {}  # by request id
+        self._standing: ScheduledBatch | None = None  # see ``schedule``
         self._arrivals = itertools.count()
         self._finish_times: deque[float] = deque(maxlen=FINISHES_REMEMBERED)
 
@@ -166,6 +167,7 @@ class Scheduler:
         for sequence in sequences:
             bisect.insort(self._waiting, sequence, key=Sequence.order)
         self._live[request.request_id] = list(sequences)
+        self._standing = None
 
     def abort(self, request_id: str, index: int | None = None, reason: FinishReason = "cancelled") -> list[Sequence]:
         """Ends a request's unfinished sequences, or the one of that index, and frees their blocks at once.
@@ -184,6 +186,7 @@ class Scheduler:
             error: with reason "error".
         """
         assert not sequence.is_finished, "a sequence ends once"
+        self._standing = None
         (self._running if sequence.status is SequenceStatus.RUNNING else self._waiting).remove(sequence)
         if reason == "error":
             self.cache.discard(sequence)  # logits that are not finite may come from keys and values that are not
@@ -225,7 +228,15 @@ class Scheduler:
         return accepted
 
     def schedule(self) -> ScheduledBatch:
-        """The next step. Not empty while anything is unfinished."""
+        """The next step. Not empty while anything is unfinished.
+
+        A step in which all there is decodes is followed by one of the same sequences until one comes or goes. It is the
+        very same batch, by which a caller knows that nothing but their tokens is new.
+        """
+        if self._standing is not None:
+            if all(e.reaches_end and self.cache.allocate(e.sequence, 1) for e in self._standing.entries):
+                return self._standing
+            self._standing = None
         step = _Step(self.max_batch_tokens)
         for sequence in [s for s in self._running if s.num_uncomputed_tokens == 1]:
             if sequence.status is SequenceStatus.RUNNING:  # not preempted by one before it
@@ -241,9 +252,12 @@ class Scheduler:
             elif admitting and not self._shares_with_leader(sequence):
                 # None overtakes one that finds no room or has just lost it, or that one might wait for ever.
                 admitting = not step.preempted_before(sequence) and self._admit(sequence, step)
-        entries = [ScheduledSequence(sequence, count) for sequence, count in step.tokens.items()]
-        assert entries or not self.has_unfinished(), "nothing scheduled, yet something is unfinished"
-        return ScheduledBatch(entries)
+        batch = ScheduledBatch([ScheduledSequence(sequence, count) for sequence, count in step.tokens.items()])
+        assert batch.entries or not self.has_unfinished(), "nothing scheduled, yet something is unfinished"
+        decoding = [entry for entry in batch.entries if entry.num_tokens == 1 and entry.reaches_end]
+        if len(decoding) == len(batch.entries) == len(self._running) and not self._waiting:
+            self._standing = batch
+        return batch
 
     def follow(self, batch: ScheduledBatch) -> ScheduledBatch | None:
         """The step after one in which every sequence decodes, while that is under way and its tokens are not known: one
@@ -256,6 +270,7 @@ class Scheduler:
 
         Returns: None if there is no such step; ``schedule`` is then to be asked once the tokens are known.
         """
+        self._standing = None  # its entries may be committed below
         live = [entry for entry in batch.entries if not entry.sequence.is_finished]
         going_on = [e for e in live if len(e.sequence.token_ids) + 1 < e.sequence.max_total_tokens]
         if not going_on or len(live) != len(self._running):

@@ -64,6 +64,8 @@ class Sampler:
         """
         if logits.dim() != 2 or logits.shape[0] != len(sequences):
             raise ShapeError(f"logits are {list(logits.shape)} for {len(sequences)} sequences; accepted: [N, V]")
+        if _is_array(logits) and self.takes_likeliest(sequences):
+            return _take_likeliest(logits, sequences)
         asking = [row for row, s in enumerate(sequences) if s.sampling.logprobs is not None]
         random = [row for row, s in enumerate(sequences) if not is_greedy(s.sampling)]
         steps = [
@@ -71,8 +73,6 @@ class Sampler:
             for processor in self._processors
             if (rows := [r for r, s in enumerate(sequences) if _applies(processor, s)])
         ]
-        if not (asking or random or steps) and _is_array(logits):
-            return _take_likeliest(logits, sequences)
         raw = logits[asking] if asking else None  # a copy, before processors change it
         best, tokens = likeliest(logits)
         model_ok = torch.isfinite(best)  # a NaN anywhere in the row is its maximum
@@ -101,6 +101,14 @@ class Sampler:
             for row, entry in zip(asking, entries, strict=True):
                 sampled.logprobs[row] = entry
         return sampled
+
+    def takes_likeliest(self, sequences: Sequence[SamplingSequence]) -> bool:
+        """Whether all rows are greedy, nothing changes their logits and nobody asks about them. Never changes of a
+        sequence."""
+        return all(
+            is_greedy(s.sampling) and s.sampling.logprobs is None and not any(_applies(p, s) for p in self._processors)
+            for s in sequences
+        )
 
 
 def likeliest(logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -131,7 +139,7 @@ def _take_likeliest(logits: Tensor, sequences: Sequence[SamplingSequence]) -> Sa
     sampled = SampledTokens(token_ids, [None] * len(token_ids))
     for row, token in enumerate(token_ids):
         if not math.isfinite(rows[row, token]):
-            sampled.errors[row] = _error(False, sequences[row])
+            sampled.errors[row] = not_finite(sequences[row])
     return sampled
 
 
@@ -172,12 +180,17 @@ def draw(logits: Tensor, uniforms: Tensor) -> Tensor:
     return torch.cat(drawn).clamp_(max=vocab_size - 1)
 
 
+def not_finite(sequence: SamplingSequence) -> EngineError:
+    """Why there is no token where the model's largest logit is not finite."""
+    return InternalError(
+        f"the model gave logits that are not finite for completion token {sequence.num_output_tokens + 1}",
+        reason="NON_FINITE_LOGITS",
+    )
+
+
 def _error(model_fine: bool, sequence: SamplingSequence) -> EngineError:
     if not model_fine:
-        return InternalError(
-            f"the model gave logits that are not finite for completion token {sequence.num_output_tokens + 1}",
-            reason="NON_FINITE_LOGITS",
-        )
+        return not_finite(sequence)
     return InvalidArgumentError(
         f"logit_bias, min_tokens and penalties leave no token to choose for completion token "
         f"{sequence.num_output_tokens + 1}; accepted: values that leave at least one with a finite logit",

@@ -65,6 +65,7 @@ _KERNELS = (
     (NORMS, ("norm",)),
     (ROPE, ("rope",)),
     (DELTA_RULE, ("delta", "conv", "recurrent")),
+    (SAMPLING, ("likeliest",)),
 )
 _SCOPE = "whet: "
 

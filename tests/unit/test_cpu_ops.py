@@ -27,6 +27,7 @@ from engine.ops.delta_rule import (
 )
 from engine.ops.elementwise import ACTIVATIONS, add, bias_activation, gated_activation
 from engine.ops.norm import gated_rms_norm, layer_norm, rms_norm
+from engine.sampling.sampler import likeliest
 
 pytestmark = pytest.mark.skipif(not cpu.available(), reason="the CPU kernels were not built or this CPU lacks AVX2")
 
@@ -107,6 +108,29 @@ def test_likelihood_of_tokens(level: None) -> None:
     for wrong in (-1, 40):
         with pytest.raises(IndexError):
             token_nll(logits, torch.full((4,), wrong))
+
+
+@pytest.mark.parametrize("width", [1, 7, 300, 16384, 49157])
+def test_likeliest_tokens(level: None, width: int) -> None:
+    """The first of equals wherever it lies, beside tokens that cannot be; a NaN is not passed over."""
+    logits = torch.randn(5, width)
+    logits[1, width // 2 :] = 9.0
+    logits[2] = logits[2].round()
+    logits[3, : width - 1] = -torch.inf
+    logits[4] = -3e38
+    best, tokens = likeliest(logits)
+    assert (
+        cpu.likeliest(logits).tolist()
+        == tokens.tolist()
+        == [int((r == b).nonzero()[0]) for r, b in zip(logits, best, strict=True)]
+    )
+    for place in {0, width // 3, width - 1}:
+        for wrong in (torch.nan, torch.inf):
+            for other in (0.0, -torch.inf):
+                row = torch.full((1, width), other)
+                row[0, place] = wrong
+                assert cpu.likeliest(row).tolist() == [-1]
+    assert cpu.likeliest(torch.full((2, width), -torch.inf)).tolist() == [-1, -1]
 
 
 @pytest.mark.parametrize("name", sorted(cpu.ACTIVATIONS))

@@ -97,6 +97,29 @@ def test_decodes_and_prefill_chunks_share_a_budget() -> None:
     assert run(scheduler) == {"short": 1, "long": 1}
 
 
+def test_a_batch_in_which_all_decode_stands_until_one_comes_or_goes() -> None:
+    """A caller may keep what it knows of a batch as long as it is given the same one."""
+    scheduler = make(blocks=9)  # of four tokens
+    add(scheduler, "a", 3, max_tokens=50)
+    add(scheduler, "b", 3, max_tokens=4)
+    assert run(scheduler) == {"a": 3, "b": 3}
+    standing = scheduler.schedule()
+    for _ in range(3):
+        assert scheduler.schedule() is standing
+        take_in(scheduler, standing)  # at the last of these b ends
+    alone = scheduler.schedule()
+    assert alone is not standing
+    assert [entry.sequence.index for entry in alone.entries] == [0]
+    take_in(scheduler, alone)
+    assert scheduler.schedule() is alone
+    add(scheduler, "c", 2)
+    assert run(scheduler) == {"a": 1, "c": 2}
+    both = scheduler.schedule()
+    assert len(both.entries) == 2
+    scheduler.abort("c")
+    assert scheduler.schedule() is not both
+
+
 def test_decodes_leave_at_least_half_the_budget_to_prompts() -> None:
     """However many may run, a new prompt is not kept waiting by those that decode."""
     scheduler = make(budget=8, running=100)

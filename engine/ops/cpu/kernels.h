@@ -361,12 +361,19 @@ struct TokenLikelihood {
   int64_t stride;  // from row to row
 };
 
+// The first place of the largest logit of each row; -1 where that is not finite, or a NaN is in the row.
+struct Likeliest {
+  const float* logits;  // [M, width]
+  int64_t* places;      // [M]
+  int64_t rows, width;
+};
+
 enum class Kind : int64_t {
   kLinear, kWidenRows, kGather, kRmsNorm, kRopeTable, kRope, kAttention, kGatedActivation, kAdd, kConvStep, kDeltaStep,
   kTiledAttention,
   kConv, kDeltaChunk, kFloatProduct, kLayerNorm, kBiasActivation, kTokenLikelihood,
   kRmsNormGradient, kGatedActivationGradient, kAttentionGradient, kConvGradient,
-  kDeltaChunkGradient,
+  kDeltaChunkGradient, kLikeliest,
 };
 
 struct Op {
@@ -412,6 +419,8 @@ struct Kernels {
   void (*attend_gradient)(const AttentionGradient& op, int64_t sequence, int64_t kv_head);
   void (*convolve_gradient)(const ConvGradient& op, int64_t sequence, int64_t first, int64_t width);  // channels
   void (*advance_gradient)(const DeltaChunkGradient& op, int64_t sequence, int64_t key_head);
+  // The largest of `count` numbers, at least 1, and its first place; NaN and any place where there is one.
+  void (*find_largest)(const float* x, int64_t count, int64_t* place, float* value);
 };
 
 namespace avx2 { extern const Kernels kernels; }

@@ -49,6 +49,7 @@ KINDS = (
     "attention_gradient",
     "conv_gradient",
     "delta_chunk_gradient",
+    "likeliest",
 )
 """``Kind`` of kernels.h, in its order."""
 

@@ -27,3 +27,35 @@ void score_rows(const TokenLikelihood& op, int64_t begin, int64_t end) {
     op.out[row] = std::log(total) + (static_cast<double>(peak) - logits[op.targets[row]]);
   }
 }
+
+// Numbers of a row that are looked at together; that which is the largest is looked for in the part that has it alone.
+constexpr int64_t kSearched = 32 * kLanes;
+
+void find_largest(const float* x, int64_t count, int64_t* place, float* value) {
+  const float most = std::numeric_limits<float>::max();
+  float peak = x[0];
+  int64_t part = 0;
+  Vec checks = zero();
+  for (int64_t begin = 0; begin < count; begin += kSearched) {
+    const float* const from = x + begin;
+    Vec peaks = set1(from[0]);
+    float lanes[kLanes];
+    const int64_t some = std::min(kSearched, count - begin), whole = some / kLanes * kLanes;
+    for (int64_t i = 0; i < whole; i += kLanes) {
+      const Vec v = load(from + i);
+      peaks = max(v, peaks);
+      checks = fma(max(set1(-most), min(set1(most), v)), zero(), checks);  // NaN if there is one, and not if infinite
+    }
+    store(lanes, peaks);
+    float here = from[0];
+    for (const float lane : lanes) here = std::max(here, lane);
+    for (int64_t i = whole; i < some; ++i) {
+      here = std::max(here, from[i]);
+      if (std::isnan(from[i])) checks = set1(from[i]);
+    }
+    if (here > peak) peak = here, part = begin;
+  }
+  *value = std::isnan(sum(checks)) ? std::numeric_limits<float>::quiet_NaN() : peak;
+  *place = part;
+  while (*place < count - 1 && x[*place] != peak) ++*place;
+}

@@ -1,4 +1,4 @@
-"""How likely rows of logits find some tokens (tests/unit/test_cpu_ops.py).
+"""How likely rows of logits find some tokens, and which they find likeliest (tests/unit/test_cpu_ops.py).
 
 Shapes: N rows, V vocabulary.
 """
@@ -20,8 +20,16 @@ class _TokenLikelihood(ctypes.Structure):
     )
 
 
-_TOKEN_LIKELIHOOD = KINDS.index("token_likelihood")
+class _Likeliest(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("logits", "places")),
+        *((name, ctypes.c_int64) for name in ("rows", "width")),
+    )
+
+
+_TOKEN_LIKELIHOOD, _LIKELIEST = KINDS.index("token_likelihood"), KINDS.index("likeliest")
 check_struct("token_likelihood", _TokenLikelihood)
+check_struct("likeliest", _Likeliest)
 
 
 def token_nll(logits: Tensor, targets: Tensor) -> Tensor:
@@ -40,3 +48,13 @@ def token_nll(logits: Tensor, targets: Tensor) -> Tensor:
     args = _TokenLikelihood(logits.data_ptr(), targets.data_ptr(), out.data_ptr(), rows, width, logits.stride(0))
     call(_TOKEN_LIKELIHOOD, args, (logits, targets, out))
     return out
+
+
+def likeliest(logits: Tensor) -> Tensor:
+    """The first token that has the largest of each row of logits [N, V] that ``takes`` took: [N] int64; -1 where that
+    logit is not finite, or the row holds a NaN."""
+    logits = logits.contiguous()
+    rows, width = logits.shape
+    places = torch.empty(rows, dtype=torch.int64)
+    call(_LIKELIEST, _Likeliest(logits.data_ptr(), places.data_ptr(), rows, width), (logits, places))
+    return places
