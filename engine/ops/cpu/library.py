@@ -53,6 +53,8 @@ KINDS = (
 )
 """``Kind`` of kernels.h, in its order."""
 
+_LINE_BYTES = 64
+
 
 class Op(ctypes.Structure):
     """``Op`` of kernels.h."""
@@ -241,9 +243,23 @@ class Program:
         """
         assert self.foreign is None
         if self._ops is None:
-            ops = [Op(kind, ctypes.addressof(args)) for kind, args in self._recorded]
-            self._ops = (Op * len(ops))(*ops)
+            self._ops = self._end_to_end()
         _check(_unlocked.whet_cpu_run(ctypes.addressof(self._ops), len(self._recorded)))  # type: ignore[union-attr]
+
+    def _end_to_end(self) -> ctypes.Array[Op]:
+        """The operations, their structs copied into one piece of memory in order, each from a line of the processor's
+        cache on: a program finds the caches empty, and reads its structs faster as one stream."""
+        starts = [0]
+        for _, args in self._recorded:
+            starts.append(starts[-1] + -(-ctypes.sizeof(args) // _LINE_BYTES) * _LINE_BYTES)
+        memory = ctypes.create_string_buffer(starts[-1] + _LINE_BYTES)
+        self._kept.append(memory)
+        first = -(-ctypes.addressof(memory) // _LINE_BYTES) * _LINE_BYTES
+        ops = (Op * len(self._recorded))()
+        for op, start, (kind, args) in zip(ops, starts, self._recorded, strict=False):
+            ctypes.memmove(first + start, ctypes.addressof(args), ctypes.sizeof(args))
+            op.kind, op.args = kind, first + start
+        return ops
 
 
 class _Capture(threading.local):
