@@ -160,9 +160,21 @@ void pack_grouped(const Weight& weight, int64_t inputs, const int64_t* rows, int
   }
 }
 
-bool has_offsets(const Weight& weight) {
-  return weight.offsets != nullptr || weight.zeros != nullptr ||
-         (weight.storage == Storage::kInt4 && weight.shift != 0);
+// The one scale of each of eight rows.
+void pack_row_scales(const Weight& weight, const int64_t* rows, float* out) {
+  for (int j = 0; j < 8; ++j)
+    out[j] = weight.half_scales != 0 ? _cvtsh_ss(static_cast<const uint16_t*>(weight.scales)[rows[j]])
+                                     : static_cast<const float*>(weight.scales)[rows[j]];
+}
+
+// What a weight has beside its integers: a scale for each group; an offset as well; or one scale for all of a row, with
+// which the sum over the groups is multiplied.
+enum class Scales { kGrouped, kWithOffsets, kOfRow };
+
+Scales scales_of(const Weight& weight, int64_t inputs) {
+  const bool shifts = weight.storage == Storage::kInt4 && weight.shift != 0;
+  if (weight.offsets != nullptr || weight.zeros != nullptr || shifts) return Scales::kWithOffsets;
+  return weight.group_size == inputs ? Scales::kOfRow : Scales::kGrouped;
 }
 
 // Inputs [start, start + count) of rows n and on; columns past the last row repeat it.
@@ -191,8 +203,11 @@ void pack_strip(const Weight& weight, int64_t inputs, int64_t n, int64_t group, 
       else
         pack_bytes(data, count, group, out, strip.corrections + c);
     }
-    pack_grouped(weight, inputs, rows, group, start / group, count / group, has_offsets(weight), strip.scales + c,
-                 strip.offsets + c);
+    if (const Scales scales = scales_of(weight, inputs); scales == Scales::kOfRow)
+      pack_row_scales(weight, rows, strip.scales + c);
+    else
+      pack_grouped(weight, inputs, rows, group, start / group, count / group, scales == Scales::kWithOffsets,
+                   strip.scales + c, strip.offsets + c);
   }
 }
 
@@ -302,17 +317,23 @@ inline void in_registers(Ints& a, Ints& b) {
 #endif
 }
 
-// y[m, c] (+)= the first kRows rows of a tile of x times a strip, over `groups` groups. The sums of floats go over the groups in order, from
-// what y held, so that cutting K into parts changes nothing.
-template <typename Sum, int kGroup, bool kOffsets, int kRows>
-void multiply_tile(const Strip& strip, const Tile& tile, int64_t groups, bool first, float* y, int64_t ldy) {
+// A part of K.
+struct Part {
+  int64_t groups;
+  bool is_first, is_last;
+};
+
+// y[m, c] (+)= the first kRows rows of a tile of x times a strip, over a part of K. The sums of floats go over the groups
+// in order, from what y held, so that cutting K into parts changes nothing.
+template <typename Sum, int kGroup, Scales kScales, int kRows>
+void multiply_tile(const Strip& strip, const Tile& tile, const Part& part, float* y, int64_t ldy) {
   constexpr int kUnits = kGroup / Sum::kUnit;
   Floats sums[kRows][kVectors];
   for (int m = 0; m < kRows; ++m)
-    for (int v = 0; v < kVectors; ++v) sums[m][v] = first ? set1(0.0f) : load(y + m * ldy + v * kLanes);
+    for (int v = 0; v < kVectors; ++v) sums[m][v] = part.is_first ? set1(0.0f) : load(y + m * ldy + v * kLanes);
   const char* w = strip.values;
   const char* x = tile.values;
-  for (int64_t g = 0; g < groups; ++g) {
+  for (int64_t g = 0; g < part.groups; ++g) {
     Ints dots[kRows][kVectors];
 #pragma GCC unroll 8
     for (int m = 0; m < kRows; ++m)
@@ -337,34 +358,44 @@ void multiply_tile(const Strip& strip, const Tile& tile, int64_t groups, bool fi
 #pragma GCC unroll 2
       for (int v = 0; v < kVectors; ++v) {
         const int64_t at = g * kColumns + v * kLanes;
-        sums[m][v] = fma(to_floats(Sum::total(dots[m][v])), mul(load(strip.scales + at), scale), sums[m][v]);
-        if (kOffsets)
+        const Floats factor = kScales == Scales::kOfRow ? scale : mul(load(strip.scales + at), scale);
+        sums[m][v] = fma(to_floats(Sum::total(dots[m][v])), factor, sums[m][v]);
+        if (kScales == Scales::kWithOffsets)
           sums[m][v] = fma(load(strip.offsets + at), set1(tile.sums[g * kTileRows + m]), sums[m][v]);
       }
     }
   }
   for (int m = 0; m < kRows; ++m)
-    for (int v = 0; v < kVectors; ++v) store(y + m * ldy + v * kLanes, sums[m][v]);
+    for (int v = 0; v < kVectors; ++v) {
+      if (kScales == Scales::kOfRow && part.is_last) sums[m][v] = mul(load(strip.scales + v * kLanes), sums[m][v]);
+      store(y + m * ldy + v * kLanes, sums[m][v]);
+    }
 }
 
-using MultiplyTile = void (*)(const Strip&, const Tile&, int64_t, bool, float*, int64_t);
+using MultiplyTile = void (*)(const Strip&, const Tile&, const Part&, float*, int64_t);
+
+template <typename Sum, int kGroup, int kRows>
+MultiplyTile tile_kernel(Scales scales) {
+  switch (scales) {
+    case Scales::kGrouped: return multiply_tile<Sum, kGroup, Scales::kGrouped, kRows>;
+    case Scales::kWithOffsets: return multiply_tile<Sum, kGroup, Scales::kWithOffsets, kRows>;
+    case Scales::kOfRow: return multiply_tile<Sum, kGroup, Scales::kOfRow, kRows>;
+  }
+  return nullptr;
+}
 
 template <int kRows>
-MultiplyTile tile_kernel(const Weight& weight, int64_t group) {
-  const bool offsets = has_offsets(weight);
-  if (weight.storage == Storage::kInt4)
-    return offsets ? multiply_tile<Int4Sum, 32, true, kRows> : multiply_tile<Int4Sum, 32, false, kRows>;
-  if (group == 32)
-    return offsets ? multiply_tile<Int8Sum, 32, true, kRows> : multiply_tile<Int8Sum, 32, false, kRows>;
-  return offsets ? multiply_tile<Int8Sum, 16, true, kRows> : multiply_tile<Int8Sum, 16, false, kRows>;
+MultiplyTile tile_kernel(const Weight& weight, int64_t group, Scales scales) {
+  if (weight.storage == Storage::kInt4) return tile_kernel<Int4Sum, 32, kRows>(scales);
+  return group == 32 ? tile_kernel<Int8Sum, 32, kRows>(scales) : tile_kernel<Int8Sum, 16, kRows>(scales);
 }
 
 // The kernel of a tile with that many rows, or of a few more where none has just so many.
-MultiplyTile tile_kernel(const Weight& weight, int64_t group, int64_t rows) {
-  if (rows == 1) return tile_kernel<1>(weight, group);
-  if (rows == 2) return tile_kernel<2>(weight, group);
-  if (rows <= 4) return tile_kernel<4>(weight, group);
-  return tile_kernel<kTileRows>(weight, group);
+MultiplyTile tile_kernel(const Weight& weight, int64_t group, Scales scales, int64_t rows) {
+  if (rows == 1) return tile_kernel<1>(weight, group, scales);
+  if (rows == 2) return tile_kernel<2>(weight, group, scales);
+  if (rows <= 4) return tile_kernel<4>(weight, group, scales);
+  return tile_kernel<kTileRows>(weight, group, scales);
 }
 
 void multiply_strip(const Product& product, int64_t n) {
@@ -372,8 +403,9 @@ void multiply_strip(const Product& product, int64_t n) {
   const int64_t inputs = product.inputs, group = product.group;
   const Format format = weight.storage == Storage::kInt4 ? Format::kHalves : kInt8Format;
   const int64_t bytes = value_bytes(format);
-  const MultiplyTile kernel = tile_kernel(weight, group, kTileRows);
-  const MultiplyTile last = tile_kernel(weight, group, (product.rows - 1) % kTileRows + 1);
+  const Scales scales = scales_of(weight, inputs);
+  const MultiplyTile kernel = tile_kernel(weight, group, scales, kTileRows);
+  const MultiplyTile last = tile_kernel(weight, group, scales, (product.rows - 1) % kTileRows + 1);
   const int64_t count = std::min<int64_t>(kColumns, weight.rows - n);
   // Equal parts of whole groups.
   const int64_t groups = inputs / group, most = kPartBytes / (kColumns * bytes * group);
@@ -381,6 +413,7 @@ void multiply_strip(const Product& product, int64_t n) {
   Strip strip;
   for (int64_t start = 0; start < groups; start += per_part) {
     const int64_t now = std::min(per_part, groups - start);
+    const Part part{now, start == 0, start + now == groups};
     pack_strip(weight, inputs, n, group, start * group, now * group, strip);
     for (int64_t m = 0; m < product.rows; m += kTileRows) {
       Tile tile = tile_at(const_cast<char*>(product.tiles) + m / kTileRows * product.tile_bytes, kTileRows, inputs,
@@ -391,13 +424,13 @@ void multiply_strip(const Product& product, int64_t n) {
       float* const y = product.y + m * product.ldy + n;
       const int64_t rows = std::min<int64_t>(kTileRows, product.rows - m);
       if (rows == kTileRows && count == kColumns) {
-        kernel(strip, tile, now, start == 0, y, product.ldy);
+        kernel(strip, tile, part, y, product.ldy);
         continue;
       }
       // An edge of y: by way of a whole tile.
       alignas(64) float whole[kTileRows * kColumns] = {};
       for (int64_t i = 0; start > 0 && i < rows; ++i) std::copy_n(y + i * product.ldy, count, whole + i * kColumns);
-      (rows == kTileRows ? kernel : last)(strip, tile, now, start == 0, whole, kColumns);
+      (rows == kTileRows ? kernel : last)(strip, tile, part, whole, kColumns);
       for (int64_t i = 0; i < rows; ++i) std::copy_n(whole + i * kColumns, count, y + i * product.ldy);
     }
   }
