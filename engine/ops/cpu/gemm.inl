@@ -216,85 +216,104 @@ void pack_strip(const Weight& weight, int64_t inputs, int64_t n, int64_t group, 
 inline __m256i narrow_words(__m256i a, __m256i b) { return _mm256_permute4x64_epi64(_mm256_packs_epi32(a, b), 0xd8); }
 inline __m256i narrow_bytes(__m256i a, __m256i b) { return _mm256_permute4x64_epi64(_mm256_packs_epi16(a, b), 0xd8); }
 
-inline int32_t sum_ints(__m256i v) {
-  __m128i half = _mm_add_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
-  half = _mm_add_epi32(half, _mm_shuffle_epi32(half, 0x4e));
-  return _mm_cvtsi128_si32(_mm_add_epi32(half, _mm_shuffle_epi32(half, 0xb1)));
-}
-
-inline int32_t max_ints(__m256i v) {
-  __m128i half = _mm_max_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
-  half = _mm_max_epi32(half, _mm_shuffle_epi32(half, 0x4e));
-  return _mm_cvtsi128_si32(_mm_max_epi32(half, _mm_shuffle_epi32(half, 0xb1)));
-}
-
 // Below this, 127 / magnitude is not safely finite; such a group counts as zeros.
 constexpr float kLeastMagnitude = 1e-30f;
 
-// Rounds one group of a row, into `out` as words or bytes, and gives its scale and the sum of its integers.
+// The largest of each of four vectors of integers.
+inline __m128i largest_of_four(const __m256i* v) {
+  __m128i halves[4];
+  for (int j = 0; j < 4; ++j)
+    halves[j] = _mm_max_epi32(_mm256_castsi256_si128(v[j]), _mm256_extracti128_si256(v[j], 1));
+  const __m128i a = _mm_max_epi32(_mm_unpacklo_epi32(halves[0], halves[1]), _mm_unpackhi_epi32(halves[0], halves[1]));
+  const __m128i b = _mm_max_epi32(_mm_unpacklo_epi32(halves[2], halves[3]), _mm_unpackhi_epi32(halves[2], halves[3]));
+  return _mm_max_epi32(_mm_unpacklo_epi64(a, b), _mm_unpackhi_epi64(a, b));
+}
+
+inline __m128i sums_of_four(const __m256i* v) {
+  const __m256i sums = _mm256_hadd_epi32(_mm256_hadd_epi32(v[0], v[1]), _mm256_hadd_epi32(v[2], v[3]));
+  return _mm_add_epi32(_mm256_castsi256_si128(sums), _mm256_extracti128_si256(sums, 1));
+}
+
+// Rounds one group of four rows, into `out` as words or bytes, and gives their scales, and the sums of their integers
+// times these. Four at once, as a row alone would wait for its largest value and for two divisions.
 template <int kGroup>
-inline void quantize_group(const float* x, Format format, char* out, float* scale, int32_t* sum) {
+inline void quantize_groups(const float* const* x, Format format, char (*out)[64], float* scales, float* sums) {
   constexpr int kParts = kGroup / 8;
-  __m256 v[kParts];
-  __m256i largest = _mm256_setzero_si256();
-  for (int i = 0; i < kParts; ++i) {
-    v[i] = _mm256_loadu_ps(x + 8 * i);
-    // Bits of magnitudes order as the magnitudes do, infinity and NaN last.
-    const __m256i bits = _mm256_and_si256(_mm256_castps_si256(v[i]), _mm256_set1_epi32(0x7fffffff));
-    largest = _mm256_max_epi32(largest, bits);
+  __m256i largest[4], totals[4];
+  for (int j = 0; j < 4; ++j) {
+    largest[j] = _mm256_setzero_si256();
+    for (int i = 0; i < kParts; ++i) {
+      // Bits of magnitudes order as the magnitudes do, infinity and NaN last.
+      const __m256i bits = _mm256_castps_si256(_mm256_loadu_ps(x[j] + 8 * i));
+      largest[j] = _mm256_max_epi32(largest[j], _mm256_and_si256(bits, _mm256_set1_epi32(0x7fffffff)));
+    }
   }
-  const int32_t bits = max_ints(largest);
-  float magnitude, inverse;
-  __builtin_memcpy(&magnitude, &bits, sizeof(magnitude));
-  const bool finite = bits < 0x7f800000, counts = finite && magnitude >= kLeastMagnitude;
-  *scale = counts ? magnitude / 127.0f : finite ? 0.0f : __builtin_nanf("");
-  inverse = counts ? 127.0f / magnitude : 0.0f;
-  __m256i q[kParts];
-  for (int i = 0; i < kParts; ++i) {
-    q[i] = _mm256_cvtps_epi32(_mm256_mul_ps(v[i], _mm256_set1_ps(inverse)));
-    if (!counts) q[i] = _mm256_setzero_si256();
+  const __m128i bits = largest_of_four(largest);
+  const __m128 magnitudes = _mm_castsi128_ps(bits), most = _mm_set1_ps(127.0f);
+  const __m128 finite = _mm_castsi128_ps(_mm_cmplt_epi32(bits, _mm_set1_epi32(0x7f800000)));
+  const __m128 counts = _mm_and_ps(finite, _mm_cmpge_ps(magnitudes, _mm_set1_ps(kLeastMagnitude)));
+  const __m128 inverses = _mm_and_ps(counts, _mm_div_ps(most, magnitudes));
+  const __m128 finite_scales = _mm_and_ps(counts, _mm_div_ps(magnitudes, most));
+  const __m128 of_rows = _mm_blendv_ps(_mm_set1_ps(__builtin_nanf("")), finite_scales, finite);
+  alignas(16) float inverse[4];
+  alignas(16) int32_t kept[4];
+  _mm_store_ps(inverse, inverses);
+  _mm_store_ps(reinterpret_cast<float*>(kept), counts);
+  for (int j = 0; j < 4; ++j) {
+    __m256i q[kParts], words[kParts / 2];
+    for (int i = 0; i < kParts; ++i) {
+      const __m256 scaled = _mm256_mul_ps(_mm256_loadu_ps(x[j] + 8 * i), _mm256_set1_ps(inverse[j]));
+      q[i] = _mm256_and_si256(_mm256_cvtps_epi32(scaled), _mm256_set1_epi32(kept[j]));
+    }
+    totals[j] = _mm256_setzero_si256();
+    for (int i = 0; i < kParts / 2; ++i) {
+      words[i] = narrow_words(q[2 * i], q[2 * i + 1]);
+      totals[j] = _mm256_add_epi32(totals[j], _mm256_madd_epi16(words[i], _mm256_set1_epi16(1)));
+    }
+    if (format == Format::kWords) {
+      for (int i = 0; i < kParts / 2; ++i) _mm256_store_si256(reinterpret_cast<__m256i*>(out[j]) + i, words[i]);
+      continue;
+    }
+    __m256i bytes = narrow_bytes(words[0], words[kParts / 2 - 1]);  // of 16 values: all of them, twice
+    if (format == Format::kBiased) bytes = _mm256_xor_si256(bytes, _mm256_set1_epi8(static_cast<char>(128)));
+    if (format == Format::kHalves) {
+      const __m128i order = _mm_setr_epi8(0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15);
+      bytes = _mm256_shuffle_epi8(bytes, _mm256_broadcastsi128_si256(order));
+    }
+    _mm256_store_si256(reinterpret_cast<__m256i*>(out[j]), bytes);
   }
-  __m256i words[kParts / 2], total = _mm256_setzero_si256();
-  for (int i = 0; i < kParts / 2; ++i) {
-    words[i] = narrow_words(q[2 * i], q[2 * i + 1]);
-    total = _mm256_add_epi32(total, _mm256_madd_epi16(words[i], _mm256_set1_epi16(1)));
+  _mm_storeu_ps(scales, of_rows);
+  _mm_storeu_ps(sums, _mm_mul_ps(of_rows, _mm_cvtepi32_ps(sums_of_four(totals))));
+}
+
+template <int kGroup, Format kFormat>
+void pack_groups(const float* x, int64_t ldx, int64_t rows, int64_t inputs, Tile tile) {
+  constexpr int64_t kUnits = kGroup * (kFormat == Format::kWords ? 2 : 1) / 4;
+  alignas(64) static constexpr float kNothing[kGroup] = {};
+  char* out = tile.values;
+  for (int64_t g = 0; g < inputs / kGroup; ++g, out += kUnits * kTileRows * 4) {
+    for (int m = 0; m < kTileRows; m += 4) {
+      alignas(64) char values[4][64];
+      const float* from[4];
+      for (int j = 0; j < 4; ++j) from[j] = m + j < rows ? x + (m + j) * ldx + g * kGroup : kNothing;
+      const int64_t at = g * kTileRows + m;
+      quantize_groups<kGroup>(from, kFormat, values, tile.scales + at, tile.sums + at);
+      for (int64_t u = 0; u < kUnits; u += 4) {
+        __m128 r[4];
+        for (int j = 0; j < 4; ++j) r[j] = _mm_load_ps(reinterpret_cast<const float*>(values[j]) + u);
+        _MM_TRANSPOSE4_PS(r[0], r[1], r[2], r[3]);
+        for (int j = 0; j < 4; ++j) _mm_store_ps(reinterpret_cast<float*>(out) + (u + j) * kTileRows + m, r[j]);
+      }
+    }
   }
-  *sum = sum_ints(total);
-  if (format == Format::kWords) {
-    for (int i = 0; i < kParts / 2; ++i) _mm256_storeu_si256(reinterpret_cast<__m256i*>(out) + i, words[i]);
-    return;
-  }
-  __m256i bytes = narrow_bytes(words[0], words[kParts / 2 - 1]);  // of 16 values: all of them, twice
-  if (format == Format::kBiased) bytes = _mm256_xor_si256(bytes, _mm256_set1_epi8(static_cast<char>(128)));
-  if (format == Format::kHalves) {
-    const __m128i order = _mm_setr_epi8(0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15);
-    bytes = _mm256_shuffle_epi8(bytes, _mm256_broadcastsi128_si256(order));
-  }
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm256_castsi256_si128(bytes));
-  if (kGroup == 32) _mm_storeu_si128(reinterpret_cast<__m128i*>(out) + 1, _mm256_extracti128_si256(bytes, 1));
 }
 
 template <int kGroup>
 void pack_groups(const float* x, int64_t ldx, int64_t rows, int64_t inputs, Format format, Tile tile) {
-  const int64_t units = kGroup * value_bytes(format) / 4;
-  alignas(64) static constexpr float kNothing[kGroup] = {};
-  char* out = tile.values;
-  for (int64_t g = 0; g < inputs / kGroup; ++g, out += units * kTileRows * 4) {
-    alignas(32) char values[kTileRows][64];
-    for (int64_t m = 0; m < kTileRows; ++m) {
-      float scale;
-      int32_t sum;
-      quantize_group<kGroup>(m < rows ? x + m * ldx + g * kGroup : kNothing, format, values[m], &scale, &sum);
-      tile.scales[g * kTileRows + m] = scale;
-      tile.sums[g * kTileRows + m] = scale * static_cast<float>(sum);
-    }
-    for (int m = 0; m < kTileRows; m += 4)
-      for (int64_t u = 0; u < units; u += 4) {
-        __m128 r[4];
-        for (int j = 0; j < 4; ++j) r[j] = _mm_load_ps(reinterpret_cast<const float*>(values[m + j]) + u);
-        _MM_TRANSPOSE4_PS(r[0], r[1], r[2], r[3]);
-        for (int j = 0; j < 4; ++j) _mm_store_ps(reinterpret_cast<float*>(out) + (u + j) * kTileRows + m, r[j]);
-      }
+  switch (format) {
+    case Format::kWords: return pack_groups<kGroup, Format::kWords>(x, ldx, rows, inputs, tile);
+    case Format::kHalves: return pack_groups<kGroup, Format::kHalves>(x, ldx, rows, inputs, tile);
+    case Format::kBiased: return pack_groups<kGroup, Format::kBiased>(x, ldx, rows, inputs, tile);
   }
 }
 
