@@ -28,7 +28,8 @@ def takes(q: Tensor, k: Tensor, v: Tensor) -> bool:
         return False
     if q.dtype == torch.float64:
         return True
-    return cpu.available() and q.dtype == torch.float32 and q.shape[2] % cpu.GRADIENT_WIDTHS == 0
+    fits = q.shape[2] <= cpu.MAX_WIDTH and q.shape[2] % cpu.GRADIENT_WIDTHS == 0
+    return cpu.available() and q.dtype == torch.float32 and fits
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, seq_starts: Tensor, scale: float) -> Tensor:

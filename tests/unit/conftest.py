@@ -27,7 +27,8 @@ def level(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> It
     assert found is not None
     if request.param > cpu.LEVELS.index(cpu.level()):
         found = request.getfixturevalue("emulated")
-        monkeypatch.setattr(library, "_library", found)
+        for name in ("_library", "_unlocked"):
+            monkeypatch.setattr(library, name, found)
     found.whet_cpu_force_level(request.param)
     yield
     found.whet_cpu_force_level(-1)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engine.layers.linear import Linear
-from engine.ops import cpu
+from engine.ops import causal_attention, cpu
 from engine.ops.cpu import PackedWeight, StoredWeight, gemm
 
 pytestmark = pytest.mark.skipif(not cpu.available(), reason="the CPU kernels were not built or this CPU lacks AVX2")
@@ -233,6 +233,21 @@ def test_a_replaced_weight_is_packed_again_and_a_copy_packs_its_own() -> None:
     module.weight = torch.nn.Parameter(torch.randn(20, 64), requires_grad=False)
     for each in (module, other):
         torch.testing.assert_close(each.scheme.apply(each, x), F.linear(x, each.weight), rtol=1e-5, atol=1e-5)
+
+
+def test_rows_of_another_width_are_refused_and_none_are_none() -> None:
+    weight, _ = stored("int8", 20, 64)
+    packed = PackedWeight(weight, 64)
+    with pytest.raises(AssertionError):
+        packed.linear(torch.randn(2, 48))
+    for rounds in (False, True):
+        assert packed.linear(torch.empty(0, 64), rounds=rounds).shape == (0, 20)
+
+
+def test_training_attention_stands_aside_for_heads_that_are_too_wide() -> None:
+    for width, fits in ((512, True), (544, False), (48, False)):
+        heads = torch.randn(3, 2, width, requires_grad=True)
+        assert causal_attention.takes(heads, heads, heads) == fits
 
 
 def test_kernels_stand_aside_for_gradients_autocast_and_many_rows() -> None:

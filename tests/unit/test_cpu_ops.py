@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from engine.config import RopeConfig
@@ -381,6 +382,39 @@ def test_an_arena_shrinks_to_what_it_held() -> None:
     for _ in range(3):
         arena.take((arena.MIN_NUMBERS,)).zero_()
     assert bool((late == 3.0).all())
+
+
+@pytest.mark.parametrize("vocab_size", [1000, 49152, 248320])
+def test_an_arena_grows_with_the_largest_program_and_not_with_their_number(vocab_size: int) -> None:
+    """Steps of one stream more each time, as when one arrives after the other."""
+    arena = cpu.Arena()
+    for streams in range(1, 33):
+        arena.rewind()
+        for width in (1024, 4096, vocab_size):
+            arena.take((streams, width))
+    largest = 4 * 32 * (1024 + 4096 + vocab_size)
+    assert arena.nbytes <= 4 * max(largest, 4 * arena.MIN_NUMBERS)
+
+
+def test_small_operands_may_lie_apart_in_memory() -> None:
+    """Weights, biases and angles that are views: every second number of something."""
+
+    def apart(*shape: int) -> Tensor:
+        return torch.randn(*shape, 2)[..., 0]
+
+    x, weight, bias, added = torch.randn(3, 32), apart(32), apart(32), apart(32)
+    torch.testing.assert_close(rms_norm(x, weight, 1e-6), rms_norm(x.double(), weight.double(), 1e-6).float())
+    wanted = F.layer_norm(x + added, (32,), weight, bias, 1e-6)
+    torch.testing.assert_close(cpu.layer_norm(x, weight, bias, 1e-6, added, None), wanted)
+    torch.testing.assert_close(cpu.bias_activation(x.clone(), bias, "gelu"), F.gelu(x + bias), rtol=1e-5, atol=1e-5)
+    heads, cos, sin = torch.randn(3, 2, 32), apart(3, 32), apart(3, 32)
+    torch.testing.assert_close(cpu.rope(heads, cos, sin), cpu.rope(heads, cos.contiguous(), sin.contiguous()))
+
+
+def test_targets_that_do_not_fit_the_logits_are_not_read() -> None:
+    for targets in (torch.zeros(3, dtype=torch.int32), torch.zeros(2, dtype=torch.int64)):
+        with pytest.raises(AssertionError):
+            cpu.token_nll(torch.randn(3, 8), targets)
 
 
 def test_a_replay_reads_what_lies_in_the_same_places_now() -> None:

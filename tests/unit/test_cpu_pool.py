@@ -27,6 +27,7 @@ static inline void delay() {
 PROGRAM = """
 #include <atomic>
 #include <cstdio>
+#include <new>
 #include <vector>
 #include "kernels.h"
 
@@ -40,12 +41,28 @@ void body(void* context, int64_t index) {
   if (index < job.total) (*job.runs)[index].fetch_add(1);
 }
 
+void lacking(void* context, int64_t) {
+  static_cast<std::atomic<int>*>(context)->fetch_add(1);
+  throw std::bad_alloc();
+}
+
 int main() {
   constexpr int kCalls = 200000;
   whet::set_num_threads(3);
   std::vector<std::atomic<int>> runs(32);
   unsigned state = 1;
   long wrong = 0;
+  long caught = 0;
+  for (int call = 0; call < 1000; ++call) {
+    std::atomic<int> ran{0};
+    try {
+      whet::parallel_for(lacking, &ran, 4);
+    } catch (const std::bad_alloc&) {
+      ++caught;
+    }
+    wrong += ran.load() != 4;
+  }
+  wrong += caught != 1000;
   for (int call = 0; call < kCalls; ++call) {
     state = state * 1664525u + 1013904223u;
     Job job{&runs, 2 + (state >> 16) % 4};
@@ -59,7 +76,8 @@ int main() {
 
 
 def test_each_piece_has_run_once_when_the_call_returns(tmp_path: Path) -> None:
-    """Jobs of changing size and kind, one right after the other, with threads that are late from the job before."""
+    """Jobs of changing size and kind, one right after the other, with threads that are late from the job before; and
+    before those some whose pieces find no memory, which the caller is told when all of them are over."""
     compiler = shutil.which("g++") or shutil.which("c++")
     if compiler is None:
         pytest.skip("there is no C++ compiler")

@@ -22,6 +22,9 @@ inline void block_product(const float* a, int64_t lda, int64_t rows, const float
       add_product<kBlockRows, kBlockVecs>(a + r * lda, lda, b, at + j, depth, adds ? ones : nullptr, c + r * ldc + j, ldc);
 }
 
+// Of a long sequence no thread keeps the memory for the next: 64 MiB.
+constexpr size_t kKeptNumbers = 16 << 20;
+
 void attend_gradient(const AttentionGradient& op, int64_t sequence, int64_t kv_head) {
   const int64_t start = op.seq_starts[sequence], tokens = op.seq_starts[sequence + 1] - start, width = op.width;
   const int64_t group = op.heads / op.kv_heads, rows = tokens * group;
@@ -101,4 +104,5 @@ void attend_gradient(const AttentionGradient& op, int64_t sequence, int64_t kv_h
     float* const out = op.d_q + head_of(row) * width;
     for (int64_t d = 0; d < width; ++d) out[d] = d_q_t[d * padded + row];
   }
+  if (buffer.size() > kKeptNumbers) std::vector<float>().swap(buffer);
 }

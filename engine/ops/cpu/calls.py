@@ -140,6 +140,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, shifted: bool, gate: Tens
     """See engine.ops.norm: rms_norm, and gated_rms_norm with ``gate`` in the shape of x."""
     out = empty(x.shape)
     x, sizes, strides = _levels(x)
+    weight = weight.contiguous()
     gate = None if gate is None else gate.contiguous()
     pointer = None if gate is None else gate.data_ptr()
     args = _RmsNorm(
@@ -153,7 +154,8 @@ def rms_norm_gradient(
     x: Tensor, weight: Tensor, gradient: Tensor, eps: float, gate: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
     """The gradients for x and gate [..., D] of ``rms_norm`` (not shifted), from that of its result."""
-    x, gradient, gate = x.contiguous(), gradient.contiguous(), None if gate is None else gate.contiguous()
+    x, weight, gradient = x.contiguous(), weight.contiguous(), gradient.contiguous()
+    gate = None if gate is None else gate.contiguous()
     out, d_gate = empty(x.shape), None if gate is None else empty(x.shape)
     tensors = (x, weight, gate, gradient, out, d_gate)
     width = x.shape[-1]
@@ -184,6 +186,7 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """x [T, H, D] rotated by cos and sin [T, R]; see engine.layers.rope.apply_rope."""
     out = empty(x.shape)
     x, (tokens, heads, width), strides = _levels(x)
+    cos, sin = cos.contiguous(), sin.contiguous()
     args = _Rope(
         x.data_ptr(), cos.data_ptr(), sin.data_ptr(), out.data_ptr(), tokens, heads, width, cos.shape[1], *strides
     )
@@ -272,6 +275,7 @@ def tiled_attention(
         log_sums: [T, H_q], where to write the logarithm of each softmax's sum of exp(score).
     Returns: [T, H_q, D].
     """
+    assert q.shape[2] <= MAX_WIDTH
     q, k, v = _end_to_end(q), _end_to_end(k), _end_to_end(v)
     out = empty(q.shape)
     keys, values, tables, slots = (k, v, None, None) if cache is None else cache

@@ -49,7 +49,8 @@ def layer_norm(
 ) -> Tensor:
     """See engine.ops.norm.layer_norm."""
     out = empty(x.shape)
-    x = x.contiguous()
+    x, weight, bias = x.contiguous(), weight.contiguous(), bias.contiguous()
+    added = None if added is None else added.contiguous()
     residual = None if residual is None else residual.contiguous()
     pointers = (_pointer(t) for t in (x, added, residual, weight, bias, out))
     width = x.shape[-1]
@@ -61,6 +62,7 @@ def layer_norm(
 def bias_activation(x: Tensor, bias: Tensor | None, activation: str) -> Tensor:
     """activation(x + bias), written over x, which is contiguous; ``activation`` is one of ACTIVATIONS."""
     width = x.shape[-1]
+    bias = None if bias is None else bias.contiguous()
     args = _BiasActivation(
         x.data_ptr(), _pointer(bias), x.data_ptr(), x.numel() // width, width, ACTIVATIONS[activation], 0
     )

@@ -102,6 +102,7 @@ void multiply_piece(void* context, int64_t index) {
 }
 
 void multiply(const Level& level, const Weight& weight, int64_t inputs, const float* x, int64_t rows, float* y) {
+  if (rows == 0) return;
   const int64_t ldy = weight.rows;
   const int64_t group = weight.group_size % 32 == 0 ? 32 : 16;
   const Format format = weight.storage == Storage::kInt4 ? level.int4_format : level.int8_format;

@@ -96,7 +96,8 @@ def rounded(x: Tensor, group: int = 32) -> Tensor:
     groups = x.reshape(*x.shape[:-1], -1, group)
     largest = groups.abs().amax(dim=-1, keepdim=True)  # NaN where there is one
     counts = largest >= LEAST_MAGNITUDE
-    inverse = torch.where(counts, 127.0 / largest, 0.0)
+    # A tensor over a tensor: of a number over a tensor, torch makes a product with the reciprocal.
+    inverse = torch.where(counts, torch.full_like(largest, 127.0) / largest, 0.0)
     scale = torch.where(counts | ~largest.isfinite(), largest / 127.0, 0.0)
     values = (groups * inverse).round().double() * scale.double()
     return torch.where(largest.isfinite(), values, torch.nan).reshape(x.shape)

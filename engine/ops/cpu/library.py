@@ -53,6 +53,20 @@ KINDS = (
 )
 """``Kind`` of kernels.h, in its order."""
 
+_LASTING = frozenset(
+    KINDS.index(kind)
+    for kind in (
+        "widen_rows",
+        "tiled_attention",
+        "delta_chunk",
+        "float_product",
+        "token_likelihood",
+        "attention_gradient",
+        "delta_chunk_gradient",
+    )
+)
+"""Kinds during which the interpreter's lock is free."""
+
 _LINE_BYTES = 64
 
 
@@ -74,7 +88,7 @@ def _open() -> ctypes.CDLL | None:
     if path is None:
         logger.warning("the CPU kernels were not built (is there a C++ compiler?); torch's own are used")
         return None
-    # PyDLL keeps the interpreter's lock: a call lasts microseconds, and another thread that took the lock in between
+    # PyDLL keeps the interpreter's lock: most calls last microseconds, and another thread that took the lock in between
     # would keep it for milliseconds.
     library = ctypes.PyDLL(path)
     if library.whet_cpu_level() == 0:
@@ -95,7 +109,7 @@ def declare(library: ctypes.CDLL) -> ctypes.CDLL:
 
 
 _library = _open()
-# A whole program lasts milliseconds: other threads of the process go on meanwhile.
+# A whole program, or a product of many rows, lasts milliseconds: other threads of the process go on meanwhile.
 _unlocked = None if _library is None else declare(ctypes.CDLL(_path()))
 
 
@@ -156,25 +170,31 @@ def check_struct(kind: str, struct: type[ctypes.Structure]) -> type[ctypes.Struc
     return struct
 
 
-def call(kind: int, args: ctypes.Structure, tensors: tuple[object, ...]) -> None:
+def call(kind: int, args: ctypes.Structure, tensors: tuple[object, ...], *, lasts: bool = False) -> None:
     """Runs one operation, and records it where a program is being captured.
 
     Args:
         kind: index into KINDS.
         args: its struct.
         tensors: what the struct points into.
+        lasts: longer than what else is of this kind, so that the interpreter's lock is to be free.
     Raises:
         IndexError: a row is asked for that its weight lacks.
         MemoryError: none is left for what the operation needs beside its result.
     """
-    _check(_library.whet_cpu_call(kind, ctypes.addressof(args)))  # type: ignore[union-attr]
+    library = _unlocked if lasts or kind in _LASTING else _library
+    _check(library.whet_cpu_call(kind, ctypes.addressof(args)))  # type: ignore[union-attr]
     if _capture.program is not None:
         _capture.program.record(kind, args, tensors)
 
 
 class Arena:
     """Memory for the results of programs, which all start at its beginning: they never run at the same time, and what
-    one leaves is read before the next one runs."""
+    one leaves is read before the next one runs.
+
+    What a program took stays where it is, so that a larger one takes a further chunk for what fits into none. Sizes of
+    chunks are powers of two, and all of them together less than four times what the largest program takes at once.
+    """
 
     MIN_NUMBERS = 1 << 20
 
@@ -190,6 +210,11 @@ class Arena:
         """Chunks of memory that are held."""
         return len(self._chunks)
 
+    @property
+    def nbytes(self) -> int:
+        """Of all chunks."""
+        return sum(chunk.nbytes for chunk in self._chunks)
+
     def shrink(self, count: int) -> None:
         """Lets go of all chunks but the first ``count``; those that a tensor still shows live on with it."""
         del self._chunks[count:]
@@ -199,7 +224,7 @@ class Arena:
         count = math.prod(shape)
         while True:
             if self._chunk == len(self._chunks):
-                self._chunks.append(torch.empty(max(count, self.MIN_NUMBERS)))
+                self._chunks.append(torch.empty(max(1 << (count - 1).bit_length(), self.MIN_NUMBERS)))
             chunk = self._chunks[self._chunk]
             if self._used + count <= len(chunk):
                 start = self._used

@@ -44,6 +44,8 @@ def token_nll(logits: Tensor, targets: Tensor) -> Tensor:
         logits = logits.contiguous()
     targets = targets.contiguous()
     rows, width = logits.shape
+    assert targets.dtype == torch.int64
+    assert targets.shape == (rows,)
     out = torch.empty(rows, dtype=torch.float64)
     args = _TokenLikelihood(logits.data_ptr(), targets.data_ptr(), out.data_ptr(), rows, width, logits.stride(0))
     call(_TOKEN_LIKELIHOOD, args, (logits, targets, out))

@@ -8,6 +8,7 @@
 #include <atomic>
 #include <condition_variable>
 #include <mutex>
+#include <new>
 #include <thread>
 #include <vector>
 
@@ -65,6 +66,7 @@ class Pool {
     total_.store(total, std::memory_order_relaxed);
     ranges_.store(ranges, std::memory_order_relaxed);
     done_.store(0, std::memory_order_relaxed);
+    lacked_memory_.store(false, std::memory_order_relaxed);
     job_ = job;
     WHET_DELAY();
     // The first one last: it is where the others look for a job.
@@ -76,6 +78,7 @@ class Pool {
     }
     take_pieces(job, 0);
     while (done_.load(std::memory_order_acquire) < total) WHET_PAUSE();
+    if (lacked_memory_.load(std::memory_order_relaxed)) throw std::bad_alloc();
   }
 
  private:
@@ -108,7 +111,12 @@ class Pool {
       void* const context = context_.load(std::memory_order_relaxed);
       if (index >= end) return ran;
       if (!from.compare_exchange_weak(ticket, ticket + 1, std::memory_order_acq_rel)) continue;
-      body(context, index);
+      // Not past the caller, whose frame the other threads work on, nor out of a thread.
+      try {
+        body(context, index);
+      } catch (const std::bad_alloc&) {
+        lacked_memory_.store(true, std::memory_order_relaxed);
+      }
       ++ran;
       ticket = from.load(std::memory_order_acquire);
     }
@@ -157,6 +165,7 @@ class Pool {
   Ticket tickets_[kMaxRanges];
   std::atomic<int64_t> total_{0}, ranges_{1};
   alignas(64) std::atomic<int64_t> done_{0};
+  std::atomic<bool> lacked_memory_{false};  // a piece of the job did
   std::atomic<Body> body_{nullptr};
   std::atomic<void*> context_{nullptr};
 };

@@ -114,6 +114,11 @@ class StoredWeight:
         """Those that there are."""
         return [t for t in (self.data, self.scales, self.zeros, self.offsets) if t is not None]
 
+    def detached(self) -> StoredWeight:
+        """The same memory, also when a parameter that is among the tensors has been given another."""
+        scales, zeros, offsets = (None if t is None else t.detach() for t in (self.scales, self.zeros, self.offsets))
+        return StoredWeight(self.data.detach(), scales, zeros, offsets, self.shift)
+
     def is_supported(self, inputs: int) -> bool:
         """Whether the kernels read it: on the CPU, contiguous, of a type above, in whole groups."""
         if not available() or self.data.dtype not in _STORAGE:
@@ -146,7 +151,7 @@ class PackedWeight:
         self.inputs = inputs
         self.outputs = weight.data.shape[0]
         self.address = weight.data.data_ptr()
-        self._weight = weight
+        self._weight = weight.detached()
         self._struct = struct = _Weight()
         struct.data, struct.rows, struct.shift = self.address, self.outputs, weight.shift
         struct.storage = _STORAGE[weight.data.dtype]
@@ -165,7 +170,8 @@ class PackedWeight:
         return type(None), ()
 
     def part(self, start: int, end: int) -> PackedWeight:
-        """Rows [start, end) as a weight of its own, over the same memory; y of it is those columns of y, to the bit."""
+        """Rows [start, end) as a weight of its own, over the same memory; y of it is those columns, to the bit where
+        start and end are multiples of four, as ``linear`` takes four rows at once."""
         data, *others = self._weight.data, self._weight.scales, self._weight.zeros, self._weight.offsets
         scales, zeros, offsets = (None if tensor is None else tensor[start:end] for tensor in others)
         weight = StoredWeight(data[start:end], scales, zeros, offsets, self._weight.shift)
@@ -177,12 +183,13 @@ class PackedWeight:
         Args:
             rounds: round x to int8 and multiply integers (engine.ops.cpu.gemm); ignored where the weight has floats.
         """
+        assert x.shape[-1] == self.inputs
         x = x.contiguous()
         y = empty((*x.shape[:-1], self.outputs))
         rows = x.numel() // self.inputs
         rounds = rounds and self.has_integers
         args = _Linear(self._pointer, x.data_ptr(), y.data_ptr(), self.inputs, rows, rounds, 0)
-        call(_LINEAR, args, (self, x, y))
+        call(_LINEAR, args, (self, x, y), lasts=rows > MAX_ROWS)
         return y
 
     def product(self, x: Tensor, start: int = 0, end: int | None = None) -> Tensor:
@@ -274,7 +281,8 @@ def packed(module: Any, data: Tensor, stored: Callable[[], StoredWeight]) -> Pac
     """The module's weight as the kernels read it, made at first use and kept on the module; None where they cannot.
 
     Args:
-        module: has ``in_features``. Its tensors may be replaced: the weight is then packed again.
+        module: has ``in_features``. Its ``data`` may be replaced, with or without the others: the weight is then packed
+            again.
         data: that of the weight, by whose place a replaced one is known.
         stored: the weight; called only where it is to be packed, since this runs for every product.
     """
