@@ -27,7 +27,7 @@ LIMITS = Limits(read_bytes_per_second=10e9, float32_flops_per_second=100e9, int8
 @pytest.fixture
 def bench(tmp_path: Path) -> Bench:
     made = Bench(tmp_path, quick=True, threads=1)
-    made._limits = LIMITS
+    made._limits = [LIMITS]
     return made
 
 
@@ -49,7 +49,9 @@ def test_a_ratio_above_one_means_that_ours_is_better(
 def test_each_peer_has_a_line_with_medians_and_its_version(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
     bench.know_version("other", "7.1")
     samples = {OURS: [9.0, 4.0, 5.0], "other F16": [1.0, 2.0, 50.0], "torch": [5.0, 5.0, 5.0]}
-    bench.report("work", "tokens/s", GENERATOR, samples, floor=10.0, streams=3)
+    bench.report(
+        "work", "tokens/s", GENERATOR, samples, floor=lambda limits: limits.read_bytes_per_second / 1e9, streams=3
+    )
     other, of_torch = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert (other["value"], other["peer_value"], other["ratio"]) == (5.0, 2.0, 2.5)
     assert (other["spread"], other["peer_spread"], other["rounds"]) == ([4.0, 9.0], [1.0, 50.0], 3)
@@ -60,7 +62,7 @@ def test_each_peer_has_a_line_with_medians_and_its_version(bench: Bench, capsys:
 
 
 def test_a_floor_of_seconds_is_a_fraction_the_other_way_round(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
-    bench.report("work", "seconds", GENERATOR, {OURS: [4.0]}, floor=1.0)
+    bench.report("work", "seconds", GENERATOR, {OURS: [4.0]}, floor=lambda _: 1.0)
     line = json.loads(capsys.readouterr().out)
     assert (line["floor_fraction"], line["peer"], line["ratio"]) == (0.25, None, None)
 
@@ -75,6 +77,18 @@ def test_sides_take_turns_and_what_warms_up_does_not_count(bench: Bench) -> None
     taken = bench.samples({"a": side("a", 1.0), "b": side("b", 5.0)}, rounds=2, warm_up=1)  # type: ignore[dict-item]
     assert calls == ["a", "b"] * 3
     assert taken == {"a": [1.0, 2.0], "b": [5.0, 6.0]}
+
+
+def test_limits_are_medians_of_what_each_round_of_a_measure_found(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = iter([Limits(1.0, 60.0, 7.0), Limits(9.0, 40.0, 8.0), Limits(2.0, 50.0, 9.0), Limits(4.0, 4.0, 4.0)])
+    monkeypatch.setattr("tests.bench.setup.measure_limits", lambda quick: next(found))
+    bench.release()
+    bench.samples({"a": lambda: 1.0}, rounds=3, warm_up=1)
+    assert bench.limits == Limits(2.0, 50.0, 8.0)
+    bench.release()
+    assert bench.limits == Limits(4.0, 4.0, 4.0)
 
 
 # -------------------------------------------------------------------------------------------------------------- peers
