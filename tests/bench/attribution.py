@@ -1,9 +1,10 @@
 """Attributes the time of a piece of work on the CPU to kinds of operations.
 
 torch's profiler times torch's operations: each is booked under the part of the engine that called it (norms, rope,
-attention …), or by its own name. Our kernels are reached through ctypes, which the profiler does not see; they are
-timed on the way. What remains of the time of the same work without a profiler is Python's, and that of everything
-between.
+attention …), or by its own name. Our kernels are reached through ctypes, which the profiler does not see, so each call
+is marked for it; those of a captured program are timed within the program. What remains of the time of the same work
+without a profiler is Python's, and that of everything between: of autograd's nodes, too, what is not an operation or a
+kernel. Of some rounds with a profiler and without the fastest are taken, so that a busy neighbour is not booked.
 """
 
 from __future__ import annotations
@@ -60,14 +61,18 @@ _PRODUCTS = (
     "_weight_int",
 )
 _KERNELS = (
-    (PRODUCTS, ("linear", "widen", "gather")),
+    (PRODUCTS, ("linear", "widen", "gather", "product")),
     (ATTENTION, ("attention",)),
     (NORMS, ("norm",)),
     (ROPE, ("rope",)),
     (DELTA_RULE, ("delta", "conv", "recurrent")),
     (SAMPLING, ("likeliest",)),
+    (LOSS, ("likelihood",)),
 )
 _SCOPE = "whet: "
+_KERNEL = "kernel "
+_OPERATIONS = ("aten::", "mkldnn::", "onednn::", _KERNEL)
+"""How the names of operations begin; other events are autograd's nodes, whose own time is Python's."""
 
 
 @dataclass(slots=True)
@@ -87,40 +92,52 @@ class Attribution:
     top: list[tuple[str, float]]
 
 
-def attribute(work: Callable[[], object], *, seconds: float, repeats: int = 1) -> Attribution:
-    """Runs the work under the profiler.
+def attribute(work: Callable[[], object], *, repeats: int = 1, rounds: int = 3) -> Attribution:
+    """Runs the work, without the profiler and under it, so many rounds.
 
     Args:
-        seconds: that one repetition takes without.
         repeats: of the work that ``work`` does.
     """
-    kernels: dict[str, list[float]] = defaultdict(lambda: [0, 0.0])
-    with _scopes(), _timed_kernels(kernels), profile(activities=[ProfilerActivity.CPU]) as profiler:
+    seconds, found = [], []
+    for _ in range(rounds):
+        began = time.perf_counter()
         work()
+        seconds.append((time.perf_counter() - began) / repeats)
+        found.append(_profiled(work, repeats))
+    groups, calls, single = min(found, key=lambda each: sum(each[0].values()))
+    shares = {group: groups[group] for group in GROUPS}
+    shares[PYTHON] = max(0.0, min(seconds) - sum(shares.values()))
+    top = sorted(single.items(), key=lambda pair: -pair[1])
+    return Attribution(min(seconds), shares, {group: calls[group] // repeats for group in GROUPS}, top)
+
+
+def _profiled(work: Callable[[], object], repeats: int) -> tuple[dict[str, float], dict[str, int], dict[str, float]]:
+    """Seconds of each group for one repeat, its operations for all, and seconds of single operations for one."""
+    programs: list[tuple[str, float]] = []
+    with _scopes(), _marked_kernels(programs), profile(activities=[ProfilerActivity.CPU]) as profiler:
+        work()
+    operations = [e for e in profiler.events() if e.name.startswith(_OPERATIONS)]
+    taken = [(e.name, _group(e), e.self_cpu_time_total / 1e6) for e in operations]
+    taken += [(name, _group_of_kernel(name), seconds) for name, seconds in programs]
     groups, calls, single = defaultdict(float), defaultdict(int), defaultdict(float)
-    for event in profiler.events():
-        if event.name.startswith(_SCOPE):
-            continue
-        group, taken = _group(event), event.self_cpu_time_total / 1e6
-        groups[group] += taken
+    for name, group, seconds in taken:
+        groups[group] += seconds / repeats
         calls[group] += 1
-        single[event.name] += taken
-    for name, (count, taken) in kernels.items():
-        group = next((group for group, parts in _KERNELS if any(part in name for part in parts)), ELEMENTWISE)
-        groups[group] += taken
-        calls[group] += int(count)
-        single[f"kernel {name}"] += taken
-    shares = {group: groups[group] / repeats for group in GROUPS}
-    shares[PYTHON] = max(0.0, seconds - sum(shares.values()))
-    top = sorted(((name, taken / repeats) for name, taken in single.items()), key=lambda pair: -pair[1])
-    return Attribution(seconds, shares, {group: calls[group] // repeats for group in GROUPS}, top)
+        single[name] += seconds / repeats
+    return groups, calls, single
+
+
+def _group_of_kernel(name: str) -> str:
+    return next((group for group, parts in _KERNELS if any(part in name for part in parts)), ELEMENTWISE)
 
 
 def _group(event: Any) -> str:
-    """Of one operation of torch: that of the part of the engine it is within; products are products, but for those of
-    attention and the delta rule."""
+    """Of one operation: that of the part of the engine it is within; products are products, but for those of attention
+    and the delta rule. Of a kernel it is that of its name."""
+    if event.name.startswith(_KERNEL):
+        return _group_of_kernel(event.name)
     name = event.name.removeprefix("aten::")
-    is_product = name.split("_backward")[0] in _PRODUCTS or name.startswith(("mkldnn", "onednn", "_weight_int"))
+    is_product = name in _PRODUCTS or name.startswith(("mkldnn", "onednn", "_weight_int"))
     scope, above = None, event.cpu_parent
     while above is not None and scope is None:
         if above.name.startswith(_SCOPE):
@@ -167,50 +184,53 @@ def _marked(function: Callable[..., Any], scope: str) -> Callable[..., Any]:
 
 
 @contextlib.contextmanager
-def _timed_kernels(found: dict[str, list[float]]) -> Iterator[None]:
-    """Times every function of a shared library that the engine's modules hold, or reach through one that they hold."""
+def _marked_kernels(programs: list[tuple[str, float]]) -> Iterator[None]:
+    """Marks every function of a shared library that the engine's modules hold, or reach through one that they hold.
+
+    Args:
+        programs: gets the kernels of programs with their seconds.
+    """
     with contextlib.ExitStack() as stack:
         for module in _engine_modules():
             for name, value in list(vars(module).items()):
                 if isinstance(value, ctypes.CDLL):
-                    stack.enter_context(_replaced(module, name, _TimedLibrary(value, module, found)))
+                    stack.enter_context(_replaced(module, name, _MarkedLibrary(value, module, programs)))
                 elif isinstance(value, ctypes._CFuncPtr):  # type: ignore[attr-defined]
-                    stack.enter_context(_replaced(module, name, _timed(value, module, found)))
+                    stack.enter_context(_replaced(module, name, _marked_kernel(value, module)))
         yield
 
 
-def _timed(function: Any, module: Any, found: dict[str, list[float]]) -> Callable[..., Any]:
-    """A kernel that is timed under its name, or one that runs others by their index into the module's KINDS."""
+def _marked_kernel(function: Any, module: Any) -> Callable[..., Any]:
+    """A kernel that is marked with its name, or one that runs others by their index into the module's KINDS."""
     name = function.__name__.removeprefix("whet_cpu_")
     kinds = getattr(module, "KINDS", None)
 
     def run(*args: Any) -> Any:
-        began = time.perf_counter()
-        result = function(*args)
-        entry = found[f"{kinds[args[0]]}" if name == "call" and kinds else name]
-        entry[0] += 1
-        entry[1] += time.perf_counter() - began
-        return result
+        with record_function(_KERNEL + (kinds[args[0]] if name == "call" and kinds else name)):
+            return function(*args)
 
     return run
 
 
-class _TimedLibrary:
-    """A shared library of a module, whose functions are timed; a program of operations is run one by one for that."""
+class _MarkedLibrary:
+    """A shared library of a module, whose functions are marked and whose programs are timed."""
 
-    def __init__(self, library: ctypes.CDLL, module: Any, found: dict[str, list[float]]) -> None:
-        self._library, self._module, self._found = library, module, found
+    def __init__(self, library: ctypes.CDLL, module: Any, programs: list[tuple[str, float]]) -> None:
+        self._library, self._module, self._programs = library, module, programs
 
     def __getattr__(self, name: str) -> Any:
         if name == "whet_cpu_run":
-            return self._run_one_by_one
-        function = _timed(getattr(self._library, name), self._module, self._found)
+            return self._run_timed
+        function = _marked_kernel(getattr(self._library, name), self._module)
         setattr(self, name, function)
         return function
 
-    def _run_one_by_one(self, address: int, count: int) -> int:
-        statuses = (self.whet_cpu_call(op.kind, op.args) for op in (self._module.Op * count).from_address(address))
-        return next((status for status in statuses if status != 0), 0)
+    def _run_timed(self, address: int, count: int) -> int:
+        nanoseconds = (ctypes.c_int64 * count)()
+        status: int = self._library.whet_cpu_run_timed(address, count, ctypes.addressof(nanoseconds))
+        kinds = (self._module.KINDS[op.kind] for op in (self._module.Op * count).from_address(address))
+        self._programs += [(_KERNEL + kind, taken / 1e9) for kind, taken in zip(kinds, nanoseconds, strict=True)]
+        return status
 
 
 def _engine_modules() -> list[Any]:

@@ -5,7 +5,8 @@
     train      one optimizer step of LoRA on q_proj and v_proj           train_all   on all linear layers
     hybrid_decode, hybrid_prefill, hybrid_train                          of the hybrid, 8-bit weights for the first two
 
-Prints a table in Markdown for each. The whole is timed without a profiler; see tests.bench.attribution for the rest.
+Prints a table in Markdown for each. The whole is timed without a profiler, the fastest of some rounds; see
+tests.bench.attribution for the rest.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import os
-import statistics
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -32,29 +32,29 @@ from tests.bench.machine import machine_name
 from tests.bench.models import GENERATOR, GENERATOR_HALF, GENERATOR_Q8, HYBRID, HYBRID_Q8
 from tests.bench.serving import first_token_seconds
 from tests.bench.setup import Bench
-from tests.bench.work import random_tokens, request, seconds
+from tests.bench.work import random_tokens, request
 
 _numbers = itertools.count()
-STEPS = 10
+STEPS, ROUNDS, TRAIN_ROUNDS = 10, 5, 3
 
 
 def profile_decode(bench: Bench, name: str) -> tuple[str, Attribution, float]:
     """One decode step of one stream."""
     engine, scale = bench.load(name), bench.scale
     steps = 3 if bench.quick else STEPS
-    total = scale.prompt_tokens + 3 * steps + 8
-    engine.add_request(request(f"profile-{next(_numbers)}", random_tokens(scale.prompt_tokens), 3 * steps + 8, name))
+    new_tokens = 2 * ROUNDS * steps + 8
+    engine.add_request(request(f"profile-{next(_numbers)}", random_tokens(scale.prompt_tokens), new_tokens, name))
 
     def run(count: int) -> None:
         for _ in range(count):
             engine.step()
 
     run(4)
-    taken = [seconds(engine.step, bench.clock) for _ in range(2 * steps)]
-    found = attribute(lambda: run(steps), seconds=statistics.median(taken), repeats=steps)
+    found = attribute(lambda: run(steps), repeats=steps, rounds=ROUNDS)
+    bench.observe_limits()
     while engine.has_requests():
         engine.step()
-    floor = bench.counts(name).decode(1, total - steps).seconds(bench.limits)
+    floor = bench.counts(name).decode(1, scale.prompt_tokens + new_tokens / 2).seconds(bench.limits)
     return f"One decode step, {bench.models.label(name)}", found, floor
 
 
@@ -62,8 +62,8 @@ def profile_prefill(bench: Bench, name: str) -> tuple[str, Attribution, float]:
     """One chunk of a prompt, from its arrival to its first token."""
     count = bench.scale.prefill_tokens
     first_token_seconds(bench, name, count)
-    taken = [first_token_seconds(bench, name, count) for _ in range(bench.rounds or bench.scale.rounds)]
-    found = attribute(lambda: first_token_seconds(bench, name, count), seconds=statistics.median(taken))
+    found = attribute(lambda: first_token_seconds(bench, name, count), rounds=ROUNDS)
+    bench.observe_limits()
     floor = bench.counts(name).forward(count, context=count / 2, heads=1).seconds(bench.limits)
     return f"A prompt of {count} tokens, {bench.models.label(name)}", found, floor
 
@@ -73,10 +73,10 @@ def profile_train(
 ) -> tuple[str, Attribution, float]:
     """One optimizer step."""
     engine = bench.load(name)
-    steps = _optimizer_steps(bench, engine, name, targets, batch, tokens, 5)
+    steps = _optimizer_steps(bench, engine, name, targets, batch, tokens, 2 * TRAIN_ROUNDS + 1)
     next(steps)  # pays for what later ones find ready
-    taken = [seconds(lambda: next(steps), bench.clock) for _ in range(3)]
-    found = attribute(lambda: next(steps), seconds=statistics.median(taken))
+    found = attribute(lambda: next(steps), rounds=TRAIN_ROUNDS)
+    bench.observe_limits()
     for _ in steps:
         pass
     floor = bench.counts(name).lora_step(batch * tokens, context=tokens / 2).seconds(bench.limits)
@@ -175,6 +175,7 @@ def main(arguments: list[str] | None = None) -> None:
         )
         print(f"{machine_name()}, {options.threads} threads; {bench.limits.rounded()}")
         for name in options.piece or PIECES:
+            bench.observe_limits()
             print("\n" + table(*PIECES[name](bench), options.top), flush=True)
             bench.release()
 

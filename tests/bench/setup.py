@@ -137,8 +137,12 @@ class Bench:
     def limits(self) -> Limits:
         """What the machine can do: the median over the rounds of this measure, or what it is now if there was none."""
         if not self._limits:
-            self._limits.append(measure_limits(quick=self.quick))
+            self.observe_limits()
         return Limits.median(self._limits)
+
+    def observe_limits(self) -> None:
+        """Measures what the machine can do, as a round of the present measure."""
+        self._limits.append(measure_limits(quick=self.quick))
 
     def load(self, name: str) -> Engine:
         """An engine with one model, loaded under its name."""
@@ -207,7 +211,7 @@ class Bench:
         taken: dict[str, list[T]] = {side: [] for side in sides}
         for round_ in range(-warm_up, rounds):
             if round_ >= 0:
-                self._limits.append(measure_limits(quick=self.quick))
+                self.observe_limits()
             for side, measure in sides.items():
                 value = measure()
                 if round_ >= 0:

@@ -1,4 +1,7 @@
 // The functions that Python calls through ctypes.
+#include <algorithm>
+#include <chrono>
+
 #include "kernels.h"
 
 namespace whet {
@@ -77,11 +80,27 @@ WHET_API int64_t whet_cpu_size(int64_t kind) {
   return -1;
 }
 
-// Both only where whet_cpu_level() is not 0. They return a Status.
+// These only where whet_cpu_level() is not 0. They return a Status.
 WHET_API int whet_cpu_call(int64_t kind, const void* args) {
   const whet::Op op{static_cast<whet::Kind>(kind), args};
   return static_cast<int>(whet::run_here(&op, 1));
 }
 WHET_API int whet_cpu_run(const whet::Op* ops, int64_t count) { return static_cast<int>(whet::run_here(ops, count)); }
+
+// For profiles: the same, and the nanoseconds of each operation. Products that follow each other may be one; the first
+// has the time of all.
+WHET_API int whet_cpu_run_timed(const whet::Op* ops, int64_t count, int64_t* nanoseconds) {
+  using Clock = std::chrono::steady_clock;
+  for (int64_t i = 0, end; i < count; i = end) {
+    end = i + 1;
+    while (ops[i].kind == whet::Kind::kLinear && end < count && ops[end].kind == whet::Kind::kLinear) ++end;
+    const auto began = Clock::now();
+    const whet::Status status = whet::run_here(ops + i, end - i);
+    nanoseconds[i] = std::chrono::nanoseconds(Clock::now() - began).count();
+    std::fill(nanoseconds + i + 1, nanoseconds + end, 0);
+    if (status != whet::Status::kDone) return static_cast<int>(status);
+  }
+  return static_cast<int>(whet::Status::kDone);
+}
 
 }

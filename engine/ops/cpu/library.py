@@ -101,6 +101,7 @@ def declare(library: ctypes.CDLL) -> ctypes.CDLL:
     """Gives the functions of a library the types of their arguments and results."""
     library.whet_cpu_call.argtypes = [ctypes.c_int64, ctypes.c_void_p]
     library.whet_cpu_run.argtypes = [ctypes.c_void_p, ctypes.c_int64]
+    library.whet_cpu_run_timed.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p]
     library.whet_cpu_set_num_threads.argtypes = [ctypes.c_int]
     library.whet_cpu_set_num_threads.restype = None
     library.whet_cpu_size.argtypes = [ctypes.c_int64]
