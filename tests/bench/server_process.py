@@ -16,8 +16,6 @@ from tests.bench.models import GENERATOR
 from tests.bench.peers.process import REPOSITORY, end_process
 from tests.bench.setup import Bench
 
-_CLOCK_TICKS = os.sysconf("SC_CLK_TCK")
-
 
 @dataclass(frozen=True, slots=True)
 class RunningServer:
@@ -102,9 +100,10 @@ def resident_bytes(pid: int) -> int:
 
 
 def cpu_seconds(pid: int) -> float:
-    """Processor time of one process, its threads included and its children not."""
-    fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rsplit(")", 1)[1].split()
-    return (int(fields[11]) + int(fields[12])) / _CLOCK_TICKS
+    """Processor time of one process, its threads included and its children not, to the nanosecond: /proc/PID/stat counts
+    hundredths of a second. Linux makes the number of a process's clock so (``clock_getcpuclockid``, which Python has
+    not)."""
+    return time.clock_gettime(~pid << 3 | 2)
 
 
 def listens(pid: int) -> bool:
