@@ -172,6 +172,11 @@ class Engine:
         """Whether step has work."""
         return any(m.runner is not None and m.runner.has_requests() for m in self._models.values())
 
+    def only_decodes(self) -> bool:
+        """Whether all that comes before the next outputs is a token for each completion: no prompt, no job's slice."""
+        runners = [loaded.runner for loaded in self._models.values() if loaded.runner is not None]
+        return not self.has_jobs() and all(runner.only_decodes() for runner in runners)
+
     def step(self) -> list[RequestOutput]:
         """One batch of each model that has requests."""
         begin = self._clock()

@@ -145,6 +145,7 @@ class App:
                 stale_seconds=config.heartbeat_stale_seconds,
                 max_restarts=config.max_worker_restarts,
             ),
+            stream_interval_seconds=config.stream_interval_ms / 1000,
             log_level=config.log_level,
             log_format=config.log_format,
         )

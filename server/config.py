@@ -163,6 +163,14 @@ class ServerConfig(BaseSettings):
         "as integers on the CPU, which makes products faster; auto: unless --dtype float32 is given; off: never. "
         "Training rounds them in its forward, as serving does, and computes gradients by floats.",
     )
+    stream_interval_ms: float = Field(
+        default=20.0,
+        ge=0,
+        le=10_000,
+        description="Tokens of decode steps that follow each other within so many milliseconds go out in one message, "
+        "as a message takes the time of a token of a small model; 0: each step's at once. First tokens and ends never "
+        "wait, nor does anything while a prompt is computed or a job runs.",
+    )
     state_checkpoint_interval: int = Field(
         default=64,
         ge=0,

@@ -139,6 +139,10 @@ class Runner:
         """Whether step has work."""
         return self._scheduler.has_unfinished()
 
+    def only_decodes(self) -> bool:
+        """Whether the next step computes no prompt."""
+        return self._scheduler.only_decodes()
+
     def is_live(self, request_id: str) -> bool:
         """Whether a completion of that request has not ended."""
         return self._scheduler.is_live(request_id)

@@ -109,6 +109,10 @@ class Scheduler:
         """Whether ``schedule`` has anything to do."""
         return bool(self._waiting or self._running)
 
+    def only_decodes(self) -> bool:
+        """Whether the next step computes no prompt: nothing waits, and what runs has a token to compute at most."""
+        return not self._waiting and all(sequence.num_uncomputed_tokens <= 1 for sequence in self._running)
+
     def is_live(self, request_id: str) -> bool:
         """Whether a sequence of that request is waiting or running."""
         return request_id in self._live

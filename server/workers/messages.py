@@ -27,6 +27,7 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
         endpoint: ZeroMQ address of the front end.
         identity: names this start of this worker; replies that bear another are of an earlier start.
         heartbeat_interval_seconds: between heartbeats, and between statistics.
+        stream_interval_seconds: least time between two reports of outputs; see OutputSender.
         log_level, log_format: as ServerConfig's.
     """
 
@@ -34,6 +35,7 @@ class WorkerConfig(msgspec.Struct, frozen=True, kw_only=True):
     identity: str
     engine: EngineConfig
     heartbeat_interval_seconds: float = 0.5
+    stream_interval_seconds: float = 0.0
     log_level: str = "info"
     log_format: Literal["json", "text"] = "text"
 
@@ -319,7 +321,7 @@ class Statistics(Report, frozen=True, kw_only=True):
 
 
 class Outputs(Report, frozen=True, kw_only=True):
-    """What one step brought, of all requests."""
+    """What a step brought, or some short ones, of all requests, in the order of the steps."""
 
     outputs: list[RequestOutput]
 

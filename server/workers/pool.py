@@ -87,6 +87,7 @@ class WorkerPool:
         adapters: adapter name to (model, PEFT directory), to load with the models.
         force_adapters: also those of them that were trained on other base weights.
         supervision: timeouts and restarts.
+        stream_interval_seconds: least time between two messages of the workers' outputs; see OutputSender.
         log_level, log_format: of the workers' logs, which go to the same standard error.
     """
 
@@ -99,6 +100,7 @@ class WorkerPool:
         adapters: Mapping[str, tuple[str, Path]] | None = None,
         force_adapters: bool = False,
         supervision: SupervisionConfig | None = None,
+        stream_interval_seconds: float = 0.0,
         log_level: str = "info",
         log_format: Literal["json", "text"] = "text",
     ) -> None:
@@ -107,6 +109,7 @@ class WorkerPool:
         self._engine_config = engine_config
         self._devices = list(devices)
         self._supervision = supervision or SupervisionConfig()
+        self._stream_interval_seconds = stream_interval_seconds
         self._log_level = log_level
         self._log_format = log_format
         self._router = Router()
@@ -132,6 +135,7 @@ class WorkerPool:
                     link,
                     restore=self._deployment.restore,
                     changed=self._router.notify,
+                    stream_interval_seconds=self._stream_interval_seconds,
                     log_level=self._log_level,
                     log_format=self._log_format,
                 )

@@ -155,6 +155,7 @@ class Replica:
     Args:
         restore: loads what should be loaded into a fresh life; called once it is ready.
         changed: called whenever ``state`` or ``models`` changed.
+        stream_interval_seconds: least time between two reports of outputs of the worker.
 
     Attributes:
         models: names that this worker holds and may be sent requests for.
@@ -175,6 +176,7 @@ class Replica:
         *,
         restore: Callable[[Replica], Awaitable[None]],
         changed: Callable[[], None],
+        stream_interval_seconds: float,
         log_level: str,
         log_format: Literal["json", "text"],
     ) -> None:
@@ -198,6 +200,7 @@ class Replica:
         self._link = link
         self._restore = restore
         self._changed = changed
+        self._stream_interval_seconds = stream_interval_seconds
         self._log_level = log_level
         self._log_format = log_format
         self._doing = ""
@@ -374,6 +377,7 @@ class Replica:
             identity=self.identity,
             engine=self.engine,
             heartbeat_interval_seconds=self._config.heartbeat_interval_seconds,
+            stream_interval_seconds=self._stream_interval_seconds,
             log_level=self._log_level,
             log_format=self._log_format,
         )

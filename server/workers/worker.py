@@ -58,6 +58,7 @@ from server.workers.messages import (
     encode,
     reply,
 )
+from server.workers.outgoing import OutputSender
 
 logger = logging.getLogger(__name__)
 
@@ -73,16 +74,24 @@ class Worker:
         socket: a connected DEALER.
         heartbeat: is told what the loop is at.
         stats_interval_seconds: between reports of statistics.
+        stream_interval_seconds: least time between two reports of outputs.
     """
 
     def __init__(
-        self, engine: Engine, socket: zmq.Socket[bytes], heartbeat: HeartbeatThread, stats_interval_seconds: float
+        self,
+        engine: Engine,
+        socket: zmq.Socket[bytes],
+        heartbeat: HeartbeatThread,
+        *,
+        stats_interval_seconds: float,
+        stream_interval_seconds: float,
     ) -> None:
         self._running = True
         self._engine = engine
         self._socket = socket
         self._heartbeat = heartbeat
         self._interval = stats_interval_seconds
+        self._outgoing = OutputSender(lambda outputs: self._send(Outputs(outputs=outputs)), stream_interval_seconds)
         self._last_stats = float("-inf")
         self._unfinished: dict[str, int] = {}
         self._failed_steps = 0
@@ -119,6 +128,7 @@ class Worker:
 
     def _do(self, command: AnyCommand) -> None:
         """Carries out a command. What goes wrong in it is its sender's answer and nobody else's trouble."""
+        self._outgoing.flush()  # a command may take longer than a step, or be the end of a request
         try:
             match command:
                 case AddRequest(request=request):
@@ -189,6 +199,7 @@ class Worker:
             outputs = self._engine.step()
         except Exception as error:
             self._failed_steps += 1
+            self._outgoing.flush()
             failure = _failure(error, "the step")
             ended, self._unfinished = self._unfinished, {}
             for request_id in ended:
@@ -207,9 +218,7 @@ class Worker:
                 self._unfinished[output.request_id] -= 1
                 if not self._unfinished[output.request_id]:
                     del self._unfinished[output.request_id]
-        # A prefill chunk that brought no token yet is no news.
-        if told := [output for output in outputs if output.token_ids or output.finish_reason]:
-            self._send(Outputs(outputs=told))
+        self._outgoing.take(outputs, only_decodes=self._engine.only_decodes)
 
     def _send_stats(self) -> None:
         now = time.monotonic()
@@ -259,7 +268,13 @@ def serve(config: WorkerConfig) -> int:
         socket.send(encode(Ready(device=str(engine.device))))
         heartbeat.start()
         try:
-            Worker(engine, socket, heartbeat, config.heartbeat_interval_seconds).run()
+            Worker(
+                engine,
+                socket,
+                heartbeat,
+                stats_interval_seconds=config.heartbeat_interval_seconds,
+                stream_interval_seconds=config.stream_interval_seconds,
+            ).run()
         finally:
             heartbeat.stop()
         return 0

@@ -100,9 +100,8 @@ def resident_bytes(pid: int) -> int:
 
 
 def cpu_seconds(pid: int) -> float:
-    """Processor time of one process, its threads included and its children not, to the nanosecond: /proc/PID/stat counts
-    hundredths of a second. Linux makes the number of a process's clock so (``clock_getcpuclockid``, which Python has
-    not)."""
+    """Processor time of one process, its threads included and its children not, to the nanosecond, where /proc/PID/stat
+    counts hundredths of a second. The number of a process's clock is made as in Linux's ``clock_getcpuclockid``."""
     return time.clock_gettime(~pid << 3 | 2)
 
 

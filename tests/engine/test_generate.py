@@ -21,6 +21,7 @@ from engine.errors import (
     OutOfRangeError,
     OverloadedError,
 )
+from engine.jobs import PerplexitySpec
 from engine.request import Request, RequestOutput, SamplingParams
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True)
@@ -286,3 +287,23 @@ def test_jobs_go_on_in_small_pieces_in_a_lull(tiny_llama: Path) -> None:
     assert loaded.is_serving()
     now += 0.2 * LULL_SECONDS
     assert not loaded.is_serving()
+
+
+def test_an_engine_tells_whether_all_that_comes_next_are_decodes(tiny_llama: Path, tmp_path: Path) -> None:
+    """Not while a prompt is computed or waits for room, nor beside a job."""
+    engine = make_engine(tiny_llama, max_batch_tokens=32, max_running_requests=1, state_dir=str(tmp_path))
+    assert engine.only_decodes()
+    told = []
+    engine.add_request(Request(request_id="long", model="tiny", prompt_token_ids=prompt(0, 70), sampling=GREEDY))
+    for _ in range(5):
+        told.append(engine.only_decodes())
+        engine.step()
+    assert told == [False, False, False, True, True]  # 70 tokens are three chunks of at most 32
+    engine.add_request(Request(request_id="next", model="tiny", prompt_token_ids=[1, 2, 3], sampling=GREEDY))
+    assert not engine.only_decodes()
+    engine.abort("next")
+    assert engine.only_decodes()
+    engine.start_job(PerplexitySpec(job_id="ppl", model="tiny", token_ids=prompt(1, 40), window=16, stride=8))
+    assert not engine.only_decodes()
+    engine.cancel_job("ppl")
+    assert engine.only_decodes()
