@@ -246,7 +246,7 @@ def save_adapter(
         "base_model_name_or_path": base_model,
         "inference_mode": True,
         "r": adapter.rank,
-        "lora_alpha": int(adapter.alpha) if adapter.alpha.is_integer() else adapter.alpha,
+        "lora_alpha": int(adapter.alpha) if float(adapter.alpha).is_integer() else adapter.alpha,
         "lora_dropout": adapter.dropout,
         "use_rslora": adapter.use_rslora,
         "target_modules": modules,
