@@ -61,7 +61,7 @@ _PRODUCTS = (
     "_weight_int",
 )
 _KERNELS = (
-    (PRODUCTS, ("linear", "widen", "gather", "product")),
+    (PRODUCTS, ("linear", "widen", "gather", "product", "low_rank")),
     (ATTENTION, ("attention",)),
     (NORMS, ("norm",)),
     (ROPE, ("rope",)),

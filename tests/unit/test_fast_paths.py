@@ -18,6 +18,7 @@ from engine.ops.cpu.library import KINDS
 ROOT = Path(__file__).parents[2]
 CPU_KERNELS, CPU_OPS = "tests/unit/test_cpu_kernels.py", "tests/unit/test_cpu_ops.py"
 CPU_GRADIENTS = "tests/unit/test_cpu_gradients.py"
+LOW_RANK = "tests/unit/test_low_rank.py::test_the_kernels_are_the_plain_operations_in_float64"
 TRITON = "tests/unit/test_triton_kernels.py"
 
 FAST_PATHS: dict[str, tuple[str, str]] = {
@@ -61,6 +62,8 @@ FAST_PATHS: dict[str, tuple[str, str]] = {
         "engine.ops.elementwise.gated_activation_reference",
         f"{CPU_GRADIENTS}::test_gated_activation",
     ),
+    "cpu low_rank": ("engine.ops.low_rank.add_low_rank_reference", LOW_RANK),
+    "cpu low_rank_gradient": ("engine.ops.low_rank.add_low_rank_reference", LOW_RANK),
     # Whole steps of them.
     "captured decode steps": (
         "engine.core.runner.Runner",

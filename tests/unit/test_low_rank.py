@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from engine.lora.adapter import Adapter, LoRABatch
+from engine.ops import cpu
 from engine.ops.low_rank import add_low_rank, add_low_rank_reference
 
 TOKENS, INPUTS, OUTPUTS, RANK = 6, 11, 9, 3
@@ -78,3 +79,52 @@ def test_a_batch_gives_what_its_adapter_gives(dropout: float) -> None:
         out = LoRABatch(segments, TOKENS, generator()).add("m", given["x"], y.clone())
         torch.testing.assert_close(out, y + delta)
     assert LoRABatch([(adapter, 0, TOKENS)], TOKENS).add("other", given["x"], y) is y
+
+
+kernels = pytest.mark.skipif(not cpu.available(), reason="the CPU kernels were not built or this CPU lacks AVX2")
+
+
+def made(tokens: int, inputs: int, outputs: int, rank: int) -> list[Tensor]:
+    """y, x, A and B."""
+    generator = torch.Generator().manual_seed(tokens)
+    sizes = ((tokens, outputs), (tokens, inputs), (rank, inputs), (outputs, rank))
+    return [torch.randn(*size, generator=generator) for size in sizes]
+
+
+@kernels
+@pytest.mark.parametrize("rank", [1, 3, 4, 8, 21])
+@pytest.mark.parametrize("needs_x", [True, False])
+def test_the_kernels_are_the_plain_operations_in_float64(level: None, rank: int, needs_x: bool) -> None:
+    """With a part of a tile of rows, ranks and columns, and with several parts of tokens."""
+    for tokens, inputs, outputs in ((1, 7, 5), (5, 17, 65), (35, 64, 16), (300, 33, 200)):
+        y, *given = made(tokens, inputs, outputs, rank)
+        seed = torch.randn(tokens, 2 * outputs)[:, ::2]
+        assert cpu.takes(y, *given)
+        leaves = [t.requires_grad_(needs_x or place > 0) for place, t in enumerate(given)]
+        wide = [t.detach().double().requires_grad_(t.requires_grad) for t in given]
+        expected = add_low_rank_reference(y.double(), *wide, 0.7)
+        out = add_low_rank(y, *leaves, 0.7)
+        torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-4)
+        found = torch.autograd.grad(out, [t for t in leaves if t.requires_grad], seed)
+        wanted = torch.autograd.grad(expected, [t for t in wide if t.requires_grad], seed.double())
+        for ours, theirs in zip(found, wanted, strict=True):
+            torch.testing.assert_close(ours.double(), theirs, rtol=1e-5, atol=2e-4)
+
+
+@kernels
+def test_neither_threads_nor_other_rows_change_a_bit() -> None:
+    y, x, a, b = made(700, 96, 160, 8)
+    gradient = torch.randn(700, 160)
+    found = []
+    for threads in (1, 3):
+        cpu.set_num_threads(threads)
+        out = y.clone()
+        low = cpu.low_rank(out, x, a, b, 0.5)
+        found.append([out, low, *cpu.low_rank_gradient(gradient, x, low, a, b, 0.5, wants_x=True)])
+    cpu.set_num_threads(1)
+    for alone, shared in zip(*found, strict=True):
+        assert torch.equal(alone, shared)
+    for row in (0, 101, 699):
+        out = y[row : row + 1].clone()
+        cpu.low_rank(out, x[row : row + 1], a, b, 0.5)
+        assert torch.equal(out[0], found[0][0][row])

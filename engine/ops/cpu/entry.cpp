@@ -76,6 +76,8 @@ WHET_API int64_t whet_cpu_size(int64_t kind) {
     case whet::Kind::kBiasActivation: return sizeof(whet::BiasActivation);
     case whet::Kind::kTokenLikelihood: return sizeof(whet::TokenLikelihood);
     case whet::Kind::kLikeliest: return sizeof(whet::Likeliest);
+    case whet::Kind::kLowRank: return sizeof(whet::LowRank);
+    case whet::Kind::kLowRankGradient: return sizeof(whet::LowRankGradient);
   }
   return -1;
 }

@@ -329,6 +329,33 @@ struct DeltaChunkGradient {
   int64_t sequences;
 };
 
+// y += scaling B A x, and what its gradient needs (engine/ops/low_rank.py, low_rank.inl).
+struct LowRank {
+  const float* x;  // [T, I]
+  const float* a;  // [r, I]
+  const float* b;  // [O, r]
+  float* y;        // [T, O]
+  float* low;      // [T, r]: scaling A x
+  int64_t tokens, inputs, outputs, rank;
+  float scaling;
+  float reserved;
+};
+
+// The gradients of LowRank.
+struct LowRankGradient {
+  const float* x;
+  const float* a;
+  const float* b;
+  const float* low;
+  const float* gradient;  // [T, O], of y
+  float* d_x;             // [T, I], or null
+  float* d_a;
+  float* d_b;
+  int64_t tokens, inputs, outputs, rank;
+  float scaling;
+  int32_t adds;  // to what d_x has
+};
+
 // (x + added + residual), normalised to mean 0 and variance 1 over each row, times weight, plus bias.
 struct LayerNorm {
   const float* x;         // [M, width]
@@ -373,7 +400,7 @@ enum class Kind : int64_t {
   kTiledAttention,
   kConv, kDeltaChunk, kFloatProduct, kLayerNorm, kBiasActivation, kTokenLikelihood,
   kRmsNormGradient, kGatedActivationGradient, kAttentionGradient, kConvGradient,
-  kDeltaChunkGradient, kLikeliest,
+  kDeltaChunkGradient, kLikeliest, kLowRank, kLowRankGradient,
 };
 
 struct Op {
@@ -421,6 +448,11 @@ struct Kernels {
   void (*advance_gradient)(const DeltaChunkGradient& op, int64_t sequence, int64_t key_head);
   // The largest of `count` numbers, at least 1, and its first place; NaN and any place where there is one.
   void (*find_largest)(const float* x, int64_t count, int64_t* place, float* value);
+  // Tokens [begin, end); b is that of the operation as [r, O].
+  void (*update_rows)(const LowRank& op, const float* b, int64_t begin, int64_t end);
+  // Of the same the gradients d_low [tokens, r] and d_a [r, I], d_b [r, O]; `adds`: to what these two have.
+  void (*update_gradient)(const LowRankGradient& op, const float* b, int64_t begin, int64_t end, bool adds, float* d_low,
+                          float* d_a, float* d_b);
 };
 
 namespace avx2 { extern const Kernels kernels; }
@@ -441,6 +473,10 @@ void run(const Conv& op, const Kernels& kernels);
 void run(const DeltaChunk& op, const Kernels& kernels);
 void run(const ConvGradient& op, const Kernels& kernels);
 void run(const DeltaChunkGradient& op, const Kernels& kernels);
+
+// See low_rank.cpp.
+void run(const LowRank& op, const Kernels& kernels);
+void run(const LowRankGradient& op, const Kernels& kernels);
 
 // Work shared by the calling thread and the pool's. `body(context, index)` runs once for each index in [0, count). With
 // `in_order`, a thread runs indices that follow each other, as far as they are there.

@@ -50,6 +50,8 @@ KINDS = (
     "conv_gradient",
     "delta_chunk_gradient",
     "likeliest",
+    "low_rank",
+    "low_rank_gradient",
 )
 """``Kind`` of kernels.h, in its order."""
 
@@ -63,6 +65,8 @@ _LASTING = frozenset(
         "token_likelihood",
         "attention_gradient",
         "delta_chunk_gradient",
+        "low_rank",
+        "low_rank_gradient",
     )
 )
 """Kinds during which the interpreter's lock is free."""

@@ -389,6 +389,8 @@ Status run(const Op* ops, int64_t count, const Kernels& kernels) try {
       case Kind::kConvGradient: run(*static_cast<const ConvGradient*>(args), kernels); break;
       case Kind::kDeltaChunkGradient: run(*static_cast<const DeltaChunkGradient*>(args), kernels); break;
       case Kind::kLikeliest: run(*static_cast<const Likeliest*>(args), kernels); break;
+      case Kind::kLowRank: run(*static_cast<const LowRank*>(args), kernels); break;
+      case Kind::kLowRankGradient: run(*static_cast<const LowRankGradient*>(args), kernels); break;
       case Kind::kConv: run(*static_cast<const Conv*>(args), kernels); break;
       case Kind::kDeltaChunk: run(*static_cast<const DeltaChunk*>(args), kernels); break;
       case Kind::kFloatProduct: run(*static_cast<const FloatProduct*>(args), kernels); break;

@@ -1,0 +1,65 @@
+"""The low-rank update of a product, and its gradients (tests/unit/test_low_rank.py).
+
+Shapes: T tokens, I in_features, O out_features, r rank.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from engine.ops.cpu.calls import _FLOAT, _INT32, _INTEGER, _POINTER, _fields, _struct
+from engine.ops.cpu.library import call, empty
+
+_LOW_RANK, _LowRank = _struct(
+    "low_rank",
+    **_fields(_POINTER, "x a b y low"),
+    **_fields(_INTEGER, "tokens inputs outputs rank"),
+    **_fields(_FLOAT, "scaling reserved"),
+)
+_LOW_RANK_GRADIENT, _LowRankGradient = _struct(
+    "low_rank_gradient",
+    **_fields(_POINTER, "x a b low gradient d_x d_a d_b"),
+    **_fields(_INTEGER, "tokens inputs outputs rank"),
+    scaling=_FLOAT,
+    adds=_INT32,
+)
+
+
+def low_rank(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
+    """Adds scaling B A x to y. A row of the result does not depend on the other rows.
+
+    Args:
+        y: [T, O], contiguous; written in place. T is at least 1.
+        x: [T, I]; a: [r, I]; b: [O, r].
+
+    Returns: scaling A x, [T, r], which the gradient needs.
+    """
+    assert y.is_contiguous()
+    x, a, b = x.contiguous(), a.contiguous(), b.contiguous()
+    low = empty((len(x), len(a)))
+    tensors = (x, a, b, y, low)
+    args = _LowRank(*(t.data_ptr() for t in tensors), len(x), x.shape[1], len(b), len(a), scaling, 0.0)
+    call(_LOW_RANK, args, tensors)
+    return low
+
+
+def low_rank_gradient(
+    gradient: Tensor, x: Tensor, low: Tensor, a: Tensor, b: Tensor, scaling: float, *, wants_x: bool
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    """The gradients of ``low_rank`` for x, A and B, from that of y, which is that of y before the update as well. The
+    sums over the tokens do not depend on the number of threads.
+
+    Args:
+        gradient: [T, O].
+        low: [T, r], from ``low_rank``.
+        wants_x: else that of x is None.
+    """
+    x, a, b = x.contiguous(), a.contiguous(), b.contiguous()
+    low, gradient = low.contiguous(), gradient.contiguous()
+    d_x, d_a, d_b = empty(x.shape) if wants_x else None, empty(a.shape), empty(b.shape)
+    tensors = (x, a, b, low, gradient, d_x, d_a, d_b)
+    args = _LowRankGradient(
+        *(None if t is None else t.data_ptr() for t in tensors), len(x), x.shape[1], len(b), len(a), scaling, 0
+    )
+    call(_LOW_RANK_GRADIENT, args, tensors)
+    return d_x, d_a, d_b
