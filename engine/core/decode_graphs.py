@@ -79,22 +79,30 @@ class DecodeGraphs:
 
     @property
     def can_go_on(self) -> bool:
-        """Whether the last step can be followed by ``next_likeliest``."""
+        """Whether the last step can be followed by ``next_tokens``."""
         return self._last is not None
 
-    def next_likeliest(
-        self, tokens: Iterable[int], computed: Iterable[int], block_tables: Iterable[Seq[int]]
-    ) -> list[int]:
+    def next_tokens(
+        self,
+        tokens: Iterable[int],
+        computed: Iterable[int],
+        block_tables: Iterable[Seq[int]],
+        params: Seq[float] = (),
+    ) -> tuple[list[int], Tensor]:
         """``logits`` of the sequences of the last step, in its order and with its state slots, each one token further
         on. Runs no operation of torch.
 
-        Returns: per sequence, its likeliest token; -1 where the logit of that is not finite.
+        Args:
+            params: what engine.ops.cpu.choose needs of the sequences, row after row; of all steps of them or of none.
+                None: all rows are greedy.
+
+        Returns: per sequence, the token that is chosen, or -1 where that is left to the sampler; the logits.
         """
         graph = self._last
         assert graph is not None
-        graph.advance(tokens, computed, block_tables)
+        graph.advance(tokens, computed, block_tables, params)
         graph.program.replay()
-        return graph.likeliest.tolist()
+        return graph.chosen.tolist(), graph.output
 
 
 class _Graph:
@@ -119,7 +127,9 @@ class _Graph:
         self._block_size = block_size
         self.program = cpu.Program()
         self.output = torch.empty(0)
-        self.likeliest = memoryview(b"")  # [S] int64; see DecodeGraphs.next_likeliest
+        self._params = torch.zeros(count, 5, dtype=torch.float64)  # see engine.ops.cpu.choose
+        self._param_array = self._params.view(-1).numpy()
+        self.chosen = memoryview(b"")  # [S] int64; see DecodeGraphs.next_tokens
 
     def write(self, tokens: Seq[int], computed: Seq[int], block_tables: Seq[Seq[int]], state_slots: Seq[int]) -> None:
         """Puts the numbers of a step into the tensors."""
@@ -133,10 +143,19 @@ class _Graph:
             self._table_array[row, : len(table)] = table
         if state_slots:
             self._state_array[:] = state_slots
+        self._param_array[:] = 0.0  # all rows are greedy: what is chosen is not looked at
 
-    def advance(self, tokens: Iterable[int], computed: Iterable[int], block_tables: Iterable[Seq[int]]) -> None:
+    def advance(
+        self,
+        tokens: Iterable[int],
+        computed: Iterable[int],
+        block_tables: Iterable[Seq[int]],
+        params: Seq[float],
+    ) -> None:
         """``write`` for the sequences that were written last, each with one token more in the cache: of its blocks only
         that of the new token can be new."""
+        if params:
+            self._param_array[:] = params
         size = self._block_size
         ids, positions, slots, kv_lens = self._numbers
         for row, (token, position, table) in enumerate(zip(tokens, computed, block_tables, strict=True)):
@@ -169,5 +188,5 @@ class _Graph:
         with cpu.capture(arena) as self.program:
             self.output = model.compute_logits(model(self.token_ids, ctx))
             if self.program.foreign is None:
-                self.likeliest = cpu.likeliest(self.output).numpy().data
+                self.chosen = cpu.choose(self.output, self._params).numpy().data
         return self.program.foreign

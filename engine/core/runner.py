@@ -31,8 +31,8 @@ from engine.ops import cpu
 from engine.ops.transfer import to_device
 from engine.request import MAX_N, Request, RequestOutput
 from engine.sampling.logprobs import prompt_logprobs
+from engine.sampling.on_cpu import CpuSampler
 from engine.sampling.on_device import DeviceSampler, row_numbers
-from engine.sampling.sampler import Sampler
 
 logger = logging.getLogger(__name__)
 
@@ -87,9 +87,9 @@ class Runner:
             max_model_len=loaded.info.max_model_len,
         )
         self._device_sampler = DeviceSampler()
-        self._sampler = Sampler() if loaded.device.type == "cpu" else self._device_sampler
+        self._sampler = CpuSampler() if loaded.device.type == "cpu" else self._device_sampler
         self._graphs = captured_steps(loaded, model, cache, states, plan.max_sequences)
-        self._repeats = repeated_steps(self._graphs, self._sampler, has_states=states is not None)
+        self._repeats = repeated_steps(self._graphs, self._device_sampler, self._sample, has_states=states is not None)
         self._under_way: LaunchedBatch | None = None
         self._observations: dict[str, list[float]] = defaultdict(list)
 

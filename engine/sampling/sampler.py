@@ -9,7 +9,6 @@ on the sequence's key and the number of its tokens alone: what else is in the ba
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -64,8 +63,6 @@ class Sampler:
         """
         if logits.dim() != 2 or logits.shape[0] != len(sequences):
             raise ShapeError(f"logits are {list(logits.shape)} for {len(sequences)} sequences; accepted: [N, V]")
-        if _is_array(logits) and self.takes_likeliest(sequences):
-            return _take_likeliest(logits, sequences)
         asking = [row for row, s in enumerate(sequences) if s.sampling.logprobs is not None]
         random = [row for row, s in enumerate(sequences) if not is_greedy(s.sampling)]
         steps = [
@@ -102,14 +99,6 @@ class Sampler:
                 sampled.logprobs[row] = entry
         return sampled
 
-    def takes_likeliest(self, sequences: Sequence[SamplingSequence]) -> bool:
-        """Whether all rows are greedy, nothing changes their logits and nobody asks about them. Never changes of a
-        sequence."""
-        return all(
-            is_greedy(s.sampling) and s.sampling.logprobs is None and not any(_applies(p, s) for p in self._processors)
-            for s in sequences
-        )
-
 
 def likeliest(logits: Tensor) -> tuple[Tensor, Tensor]:
     """The largest logit of each row [N] and its first token [N]; a NaN anywhere in a row counts as its largest.
@@ -129,18 +118,6 @@ def likeliest(logits: Tensor) -> tuple[Tensor, Tensor]:
 def _is_array(logits: Tensor) -> bool:
     """Whether numpy may read them in place."""
     return logits.is_cpu and logits.dtype is torch.float32
-
-
-def _take_likeliest(logits: Tensor, sequences: Sequence[SamplingSequence]) -> SampledTokens:
-    """What ``sample`` gives where all rows are greedy and nothing changes them, without an operation of torch: a step
-    has emptied the caches of a core, so that each costs it tens of microseconds."""
-    rows = logits.numpy()
-    token_ids: list[int] = rows.argmax(-1).tolist()
-    sampled = SampledTokens(token_ids, [None] * len(token_ids))
-    for row, token in enumerate(token_ids):
-        if not math.isfinite(rows[row, token]):
-            sampled.errors[row] = not_finite(sequences[row])
-    return sampled
 
 
 def _applies(processor: LogitsProcessor, sequence: SamplingSequence) -> bool:

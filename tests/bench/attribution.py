@@ -66,7 +66,7 @@ _KERNELS = (
     (NORMS, ("norm",)),
     (ROPE, ("rope",)),
     (DELTA_RULE, ("delta", "conv", "recurrent")),
-    (SAMPLING, ("likeliest",)),
+    (SAMPLING, ("choose",)),
     (LOSS, ("likelihood",)),
 )
 _SCOPE = "whet: "

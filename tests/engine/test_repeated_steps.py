@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from engine.config import EngineConfig
 from engine.core.decode_graphs import DecodeGraphs
@@ -102,23 +103,55 @@ def test_the_same_tokens_where_blocks_run_out(tiny_llama: Path, repeats: list[in
     assert repeats
 
 
-@pytest.mark.parametrize(
-    "sampling",
-    [{"temperature": 0.7, "seed": 1}, {"logprobs": 2}, {"repetition_penalty": 1.3}, {"logit_bias": {5: 90.0}}],
-)
-def test_what_is_sampled_in_another_way_is_not_repeated(
-    tiny_llama: Path, repeats: list[int], sampling: dict[str, Any]
-) -> None:
-    engine = start(tiny_llama)
-    add(engine, "plain", [3, 4], 30)
-    steps(engine, 5)
-    repeats.clear()
-    add(engine, "asking", [3, 4, 5], 10, **sampling)
-    outputs = steps(engine, 9)
-    assert not repeats
-    assert len(tokens(outputs)["asking"]) == 9
-    if "logprobs" in sampling:
-        assert all(output.logprobs for output in outputs if output.request_id == "asking")
+SAMPLED: list[dict[str, Any]] = [
+    {"temperature": 1.0, "seed": 1},
+    {"temperature": 0.7, "top_k": 9, "top_p": 0.9, "min_p": 0.01, "seed": 2},
+    {"temperature": 1.3, "top_p": 0.8, "seed": 3},
+    {"temperature": 0.0},
+]
+PLAIN: list[dict[str, Any]] = [
+    {"temperature": 0.9, "seed": 4, "repetition_penalty": 1.3, "logprobs": 2},
+    {"logit_bias": {5: 3.0}, "frequency_penalty": 0.5},
+    {"temperature": 1.0, "seed": 5, "min_tokens": 12, "stop_token_ids": list(range(60))},
+]
+"""What the plain sampler alone can do."""
+
+
+@pytest.mark.parametrize("asked", [SAMPLED, SAMPLED + PLAIN], ids=["kernel", "plain"])
+def test_the_same_draws(tiny_llama: Path, repeats: list[int], asked: list[dict[str, Any]]) -> None:
+    """Sampled together they get what each gets in steps that are not repeated, with log-probabilities."""
+    found = []
+    for graphs in (False, True):
+        engine = start(tiny_llama, blocks=128, enable_decode_graphs=graphs)
+        for number, sampling in enumerate(asked):
+            add(engine, str(number), [3 + number, 4], 30, **sampling)
+        outputs = steps(engine)
+        logprobs = [o.logprobs for o in outputs if asked[int(o.request_id)].get("logprobs")]
+        found.append((tokens(outputs), [e[0].token_id for e in logprobs if e]))
+    assert found[0] == found[1]
+    assert len(found[1][1]) == (30 if len(asked) > len(SAMPLED) else 0)
+    assert len(repeats) > 20
+    assert repeats[0] == len(asked)
+
+
+def test_a_row_that_the_kernel_leaves_is_the_samplers(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = {}
+    for leave in (False, True):
+        engine = start(tiny_llama)
+        for number, sampling in enumerate(SAMPLED):
+            add(engine, str(number), [3 + number, 4], 12, **sampling)
+        steps(engine, 5)
+        run = DecodeGraphs.next_tokens
+
+        def leaving(self: DecodeGraphs, *args: Any, run: Any = run) -> Any:
+            chosen, logits = run(self, *args)
+            return [-1 if row % 2 else token for row, token in enumerate(chosen)], logits
+
+        with monkeypatch.context() as patch:
+            if leave:
+                patch.setattr(DecodeGraphs, "next_tokens", leaving)
+            wanted[leave] = tokens(steps(engine))
+    assert wanted[True] == wanted[False]
 
 
 def test_logits_that_are_not_finite_end_their_sequence_alone(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -126,13 +159,16 @@ def test_logits_that_are_not_finite_end_their_sequence_alone(tiny_llama: Path, m
     add(engine, "good", [3, 4], 12)
     add(engine, "bad", [7, 8], 12)
     steps(engine, 4)
-    run = DecodeGraphs.next_likeliest
+    run = DecodeGraphs.next_tokens
 
     def broken(self: DecodeGraphs, *args: Any) -> Any:
-        return [run(self, *args)[0], -1]
+        chosen, logits = run(self, *args)
+        logits = logits.clone()
+        logits[1, 7] = torch.nan
+        return [chosen[0], -1], logits
 
     with monkeypatch.context() as patch:
-        patch.setattr(DecodeGraphs, "next_likeliest", broken)
+        patch.setattr(DecodeGraphs, "next_tokens", broken)
         ended = {output.request_id: output for output in engine.step()}
     assert ended["good"].finish_reason is None
     assert (ended["bad"].finish_reason, ended["bad"].error_reason) == ("error", "NON_FINITE_LOGITS")

@@ -121,7 +121,7 @@ def test_likeliest_tokens(level: None, width: int) -> None:
     logits[4] = -3e38
     best, tokens = likeliest(logits)
     assert (
-        cpu.likeliest(logits).tolist()
+        cpu.choose(logits).tolist()
         == tokens.tolist()
         == [int((r == b).nonzero()[0]) for r, b in zip(logits, best, strict=True)]
     )
@@ -130,8 +130,8 @@ def test_likeliest_tokens(level: None, width: int) -> None:
             for other in (0.0, -torch.inf):
                 row = torch.full((1, width), other)
                 row[0, place] = wrong
-                assert cpu.likeliest(row).tolist() == [-1]
-    assert cpu.likeliest(torch.full((2, width), -torch.inf)).tolist() == [-1, -1]
+                assert cpu.choose(row).tolist() == [-1]
+    assert cpu.choose(torch.full((2, width), -torch.inf)).tolist() == [-1, -1]
 
 
 @pytest.mark.parametrize("name", sorted(cpu.ACTIVATIONS))

@@ -4,7 +4,7 @@ What it offers is in kernels.h. ``library`` opens it, runs operations and captur
 products, ``gemm`` says where they may round activations, ``calls``, ``encoder``, ``likelihood`` and
 ``recurrent_gradients`` have the rest; ``results`` has the memory of results while a training run lasts.
 Nothing here decides but whether it can: callers keep the torch form, which is the reference
-(tests/unit/test_cpu_kernels.py, test_cpu_gemm.py, test_cpu_ops.py).
+(tests/unit/test_cpu_kernels.py, test_cpu_gemm.py, test_cpu_ops.py, test_cpu_choose.py).
 """
 
 from engine.ops.cpu.calls import (
@@ -32,7 +32,7 @@ from engine.ops.cpu.calls import (
 from engine.ops.cpu.encoder import bias_activation, layer_norm
 from engine.ops.cpu.gemm import allows_int8_activations, int8_activations, takes_rounded, with_int8_activations
 from engine.ops.cpu.library import LEVELS, Arena, Program, available, capture, level, set_num_threads, takes
-from engine.ops.cpu.likelihood import likeliest, token_nll
+from engine.ops.cpu.likelihood import choose, token_nll
 from engine.ops.cpu.low_rank import low_rank, low_rank_gradient
 from engine.ops.cpu.recurrent_gradients import conv_gradient, delta_chunk_gradient
 from engine.ops.cpu.results import results_apart
@@ -67,6 +67,7 @@ __all__ = [
     "available",
     "bias_activation",
     "capture",
+    "choose",
     "conv",
     "conv_gradient",
     "conv_step",
@@ -79,7 +80,6 @@ __all__ = [
     "int8_activations",
     "layer_norm",
     "level",
-    "likeliest",
     "low_rank",
     "low_rank_gradient",
     "packed",

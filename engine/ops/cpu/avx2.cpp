@@ -30,6 +30,10 @@ inline void store(float* to, Vec v) { _mm256_storeu_ps(to, v); }
 inline Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
 inline Vec mul(Vec a, Vec b) { return _mm256_mul_ps(a, b); }
 inline Vec div(Vec a, Vec b) { return _mm256_div_ps(a, b); }
+// A bit for each lane in which a >= b.
+inline unsigned at_least(Vec a, Vec b) {
+  return static_cast<unsigned>(_mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GE_OQ)));
+}
 inline Vec round(Vec v) { return _mm256_round_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 // The second where either is NaN.
 inline Vec min(Vec a, Vec b) { return _mm256_min_ps(a, b); }
@@ -126,6 +130,7 @@ inline Vec load_half(const uint16_t* from) {
 #include "elementwise.inl"
 #include "encoder.inl"
 #include "likelihood.inl"
+#include "choose.inl"
 #include "gradients.inl"
 #include "attention.inl"
 #include "attention_tiles.inl"
@@ -137,7 +142,7 @@ inline Vec load_half(const uint16_t* from) {
 
 }  // namespace
 
-const Kernels kernels{multiply_rows, kPanelRows, pack_rows, multiply_packed, round_row, multiply_rounded, widen_rows, norm_rows, rotate, activate_rows, add_rows, attend, attend_tile, convolve, advance, convolve_rows, advance_chunks, normalize_rows, bias_and_activate_rows, score_rows, norm_gradient_rows, activation_gradient_rows, attend_gradient, convolve_gradient, advance_gradient, find_largest, update_rows, update_gradient};
+const Kernels kernels{multiply_rows, kPanelRows, pack_rows, multiply_packed, round_row, multiply_rounded, widen_rows, norm_rows, rotate, activate_rows, add_rows, attend, attend_tile, convolve, advance, convolve_rows, advance_chunks, normalize_rows, bias_and_activate_rows, score_rows, norm_gradient_rows, activation_gradient_rows, attend_gradient, convolve_gradient, advance_gradient, find_largest, weigh, collect, exp_less, update_rows, update_gradient};
 
 }  // namespace whet::avx2
 #endif

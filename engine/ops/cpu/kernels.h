@@ -388,11 +388,22 @@ struct TokenLikelihood {
   int64_t stride;  // from row to row
 };
 
-// The first place of the largest logit of each row; -1 where that is not finite, or a NaN is in the row.
-struct Likeliest {
-  const float* logits;  // [M, width]
-  int64_t* places;      // [M]
+// A token for each row: the first of the likeliest, or one that is drawn (choose.cpp). -1 where the largest logit is not
+// finite, a NaN is in the row, or a draw is too close to call.
+struct Choose {
+  const float* logits;   // [M, width]
+  const double* params;  // [M, 5]: uniform number, temperature (0: the likeliest), top_k, top_p, min_p; null: all 0
+  int64_t* tokens;       // [M]
   int64_t rows, width;
+};
+
+// Logits after the temperature.
+constexpr int64_t kScoreBlock = 256;  // scores that are summed together
+struct Scores {
+  float peak;         // the largest logit
+  float temperature;
+  bool plain;         // scores are the logits; else (logit - peak) / temperature
+  float top() const { return plain ? peak : 0.0f; }  // the largest score
 };
 
 enum class Kind : int64_t {
@@ -400,7 +411,7 @@ enum class Kind : int64_t {
   kTiledAttention,
   kConv, kDeltaChunk, kFloatProduct, kLayerNorm, kBiasActivation, kTokenLikelihood,
   kRmsNormGradient, kGatedActivationGradient, kAttentionGradient, kConvGradient,
-  kDeltaChunkGradient, kLikeliest, kLowRank, kLowRankGradient,
+  kDeltaChunkGradient, kChoose, kLowRank, kLowRankGradient,
 };
 
 struct Op {
@@ -448,6 +459,12 @@ struct Kernels {
   void (*advance_gradient)(const DeltaChunkGradient& op, int64_t sequence, int64_t key_head);
   // The largest of `count` numbers, at least 1, and its first place; NaN and any place where there is one.
   void (*find_largest)(const float* x, int64_t count, int64_t* place, float* value);
+  // Of each kScoreBlock scores of `count` logits: the largest, and the sum of exp(score - scores.top()).
+  void (*weigh)(const Scores& scores, const float* logits, int64_t count, float* largest, double* sums);
+  // Those of the scores that are at least `lowest`, in order, with their places after `first`. Returns how many.
+  int64_t (*collect)(const Scores& scores, const float* logits, int64_t count, float lowest, int32_t first,
+                     float* found, int32_t* places);
+  void (*exp_less)(const float* x, int64_t count, float less, float* out);  // exp(x - less)
   // Tokens [begin, end); b is that of the operation as [r, O].
   void (*update_rows)(const LowRank& op, const float* b, int64_t begin, int64_t end);
   // Of the same the gradients d_low [tokens, r] and d_a [r, I], d_b [r, O]; `adds`: to what these two have.
@@ -467,6 +484,9 @@ enum class Status : int32_t {
 
 // Runs operations one after the other, up to one that fails. Linears that follow each other and share x run as one.
 Status run(const Op* ops, int64_t count, const Kernels& kernels);
+
+// See choose.cpp.
+void run(const Choose& op, const Kernels& kernels);
 
 // See sequence.cpp.
 void run(const Conv& op, const Kernels& kernels);

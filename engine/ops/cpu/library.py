@@ -49,7 +49,7 @@ KINDS = (
     "attention_gradient",
     "conv_gradient",
     "delta_chunk_gradient",
-    "likeliest",
+    "choose",
     "low_rank",
     "low_rank_gradient",
 )

@@ -1,4 +1,4 @@
-"""How likely rows of logits find some tokens, and which they find likeliest (tests/unit/test_cpu_ops.py).
+"""How likely rows of logits find some tokens, and which are chosen (tests/unit/test_cpu_ops.py, test_cpu_choose.py).
 
 Shapes: N rows, V vocabulary.
 """
@@ -20,16 +20,16 @@ class _TokenLikelihood(ctypes.Structure):
     )
 
 
-class _Likeliest(ctypes.Structure):
+class _Choose(ctypes.Structure):
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("logits", "places")),
+        *((name, ctypes.c_void_p) for name in ("logits", "params", "tokens")),
         *((name, ctypes.c_int64) for name in ("rows", "width")),
     )
 
 
-_TOKEN_LIKELIHOOD, _LIKELIEST = KINDS.index("token_likelihood"), KINDS.index("likeliest")
+_TOKEN_LIKELIHOOD, _CHOOSE = KINDS.index("token_likelihood"), KINDS.index("choose")
 check_struct("token_likelihood", _TokenLikelihood)
-check_struct("likeliest", _Likeliest)
+check_struct("choose", _Choose)
 
 
 def token_nll(logits: Tensor, targets: Tensor) -> Tensor:
@@ -52,11 +52,20 @@ def token_nll(logits: Tensor, targets: Tensor) -> Tensor:
     return out
 
 
-def likeliest(logits: Tensor) -> Tensor:
-    """The first token that has the largest of each row of logits [N, V] that ``takes`` took: [N] int64; -1 where that
-    logit is not finite, or the row holds a NaN."""
+def choose(logits: Tensor, params: Tensor | None = None) -> Tensor:
+    """A token for each row of logits [N, V] that ``takes`` took, as engine.sampling.sampler chooses it; -1 where it is
+    to tell: the largest logit is not finite, the row holds a NaN, or rounding may decide.
+
+    Args:
+        params: [N, 5] float64, contiguous: uniform number, temperature (0: greedy), top_k (0: all), top_p, min_p. None:
+            all rows are greedy, and the token is the first that has the largest logit.
+    Returns: [N] int64.
+    """
     logits = logits.contiguous()
     rows, width = logits.shape
-    places = torch.empty(rows, dtype=torch.int64)
-    call(_LIKELIEST, _Likeliest(logits.data_ptr(), places.data_ptr(), rows, width), (logits, places))
-    return places
+    assert params is None or (params.shape == (rows, 5) and params.dtype == torch.float64 and params.is_contiguous())
+    tokens = torch.empty(rows, dtype=torch.int64)
+    pointer = None if params is None else params.data_ptr()
+    args = _Choose(logits.data_ptr(), pointer, tokens.data_ptr(), rows, width)
+    call(_CHOOSE, args, (logits, params, tokens))
+    return tokens

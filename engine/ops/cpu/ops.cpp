@@ -293,28 +293,6 @@ bool run(const TokenLikelihood& op, const Kernels& kernels) {
   return true;
 }
 
-void run(const Likeliest& op, const Kernels& kernels) {
-  const int64_t parts = std::max<int64_t>(1, ceil_div(op.width, kPieceNumbers));
-  thread_local std::vector<int64_t> place_memory;
-  thread_local std::vector<float> value_memory;
-  place_memory.resize(op.rows * parts);
-  value_memory.resize(op.rows * parts);
-  int64_t* const places = place_memory.data();
-  float* const values = value_memory.data();
-  in_parallel(op.rows * parts, [&](int64_t index) {
-    const int64_t row = index / parts, begin = index % parts * kPieceNumbers;
-    const float* const logits = op.logits + row * op.width + begin;
-    kernels.find_largest(logits, std::min(kPieceNumbers, op.width - begin), places + index, values + index);
-    places[index] += begin;
-  });
-  for (int64_t row = 0; row < op.rows; ++row) {
-    int64_t best = row * parts;
-    for (int64_t i = best + 1; i < (row + 1) * parts; ++i)
-      if (values[i] > values[best] || std::isnan(values[i])) best = i;  // nothing is greater than a NaN
-    op.places[row] = std::isfinite(values[best]) ? places[best] : -1;
-  }
-}
-
 void run(const RmsNormGradient& op, const Kernels& kernels) {
   over_rows(op.rows, 2 * op.width, [&](int64_t begin, int64_t end) { kernels.norm_gradient_rows(op, begin, end); });
 }
@@ -388,7 +366,7 @@ Status run(const Op* ops, int64_t count, const Kernels& kernels) try {
       case Kind::kAttentionGradient: run(*static_cast<const AttentionGradient*>(args), kernels); break;
       case Kind::kConvGradient: run(*static_cast<const ConvGradient*>(args), kernels); break;
       case Kind::kDeltaChunkGradient: run(*static_cast<const DeltaChunkGradient*>(args), kernels); break;
-      case Kind::kLikeliest: run(*static_cast<const Likeliest*>(args), kernels); break;
+      case Kind::kChoose: run(*static_cast<const Choose*>(args), kernels); break;
       case Kind::kLowRank: run(*static_cast<const LowRank*>(args), kernels); break;
       case Kind::kLowRankGradient: run(*static_cast<const LowRankGradient*>(args), kernels); break;
       case Kind::kConv: run(*static_cast<const Conv*>(args), kernels); break;
