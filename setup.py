@@ -9,7 +9,7 @@ from glob import glob
 from setuptools import Extension, setup
 
 SOURCES = (
-    *("entry", "ops", "pool", "choose", "sequence", "low_rank", "avx2", "avx512", "avx512vnni"),
+    *("entry", "ops", "pool", "choose", "sequence", "encoder", "low_rank", "avx2", "avx512", "avx512vnni"),
     *("gemm", "gemm_avx2", "gemm_avxvnni", "gemm_avx512", "gemm_avx512vnni"),
 )
 

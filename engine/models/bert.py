@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from engine.config import ModelConfig
 from engine.context import ForwardContext
 from engine.errors import FormatError
+from engine.layers.encoder_stack import EncoderLayerParts
 from engine.layers.joint import JointLinears
 from engine.models.base import models
-from engine.models.encoder import Encoder, LayerNorm, linear, self_attention, table
+from engine.models.encoder import Encoder, LayerNorm, linear, self_attention, stack, table
 from engine.ops.elementwise import activation, bias_activation
 from engine.quantization.base import SchemeMap
 
@@ -127,6 +128,21 @@ class BertLayer(nn.Module):
         self.intermediate = BertIntermediate(config, f"{name}.intermediate", schemes, dtype)
         self.output = BertOutput(config, config.intermediate_size, f"{name}.output", schemes, dtype)
 
+    @property
+    def parts(self) -> EncoderLayerParts:
+        """What ``forward`` computes with."""
+        projections, attended = self.attention.self, self.attention.output
+        return EncoderLayerParts(
+            projections.query,
+            projections.key,
+            projections.value,
+            attended.dense,
+            attended.LayerNorm,
+            self.intermediate.dense,
+            self.output.dense,
+            self.output.LayerNorm,
+        )
+
     def forward(self, x: Tensor, ctx: ForwardContext) -> Tensor:
         """x [T, D]: [T, D]."""
         x = self.attention(x, ctx)
@@ -139,9 +155,12 @@ class BertEncoder(nn.Module):
     def __init__(self, config: ModelConfig, schemes: SchemeMap, dtype: torch.dtype) -> None:
         super().__init__()
         self.layer = nn.ModuleList([BertLayer(config, i, schemes, dtype) for i in range(config.num_hidden_layers)])
+        self.stack = stack(self.layer, config)
 
     def forward(self, x: Tensor, ctx: ForwardContext) -> Tensor:
         """x [T, D]: [T, D]."""
+        if (y := self.stack(x, ctx)) is not None:
+            return y
         for layer in self.layer:
             x = layer(x, ctx)
         return x

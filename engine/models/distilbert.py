@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from engine.config import ModelConfig
 from engine.context import ForwardContext
+from engine.layers.encoder_stack import EncoderLayerParts
 from engine.layers.joint import JointLinears
 from engine.models.base import models
-from engine.models.encoder import Encoder, LayerNorm, linear, self_attention, table
+from engine.models.encoder import Encoder, LayerNorm, linear, self_attention, stack, table
 from engine.ops.elementwise import activation, bias_activation
 from engine.quantization.base import SchemeMap
 
@@ -79,6 +80,21 @@ class DistilBertLayer(nn.Module):
         self.ffn = DistilBertFeedForward(config, f"{name}.ffn", schemes, dtype)
         self.output_layer_norm = LayerNorm(config, dtype)
 
+    @property
+    def parts(self) -> EncoderLayerParts:
+        """What ``forward`` computes with."""
+        attention, ffn = self.attention, self.ffn
+        return EncoderLayerParts(
+            attention.q_lin,
+            attention.k_lin,
+            attention.v_lin,
+            attention.out_lin,
+            self.sa_layer_norm,
+            ffn.lin1,
+            ffn.lin2,
+            self.output_layer_norm,
+        )
+
     def forward(self, x: Tensor, ctx: ForwardContext) -> Tensor:
         """x [T, D]: [T, D]."""
         x = self.sa_layer_norm(*self.attention(x, ctx), x)
@@ -93,9 +109,12 @@ class DistilBertTransformer(nn.Module):
         self.layer = nn.ModuleList(
             [DistilBertLayer(config, i, schemes, dtype) for i in range(config.num_hidden_layers)]
         )
+        self.stack = stack(self.layer, config)
 
     def forward(self, x: Tensor, ctx: ForwardContext) -> Tensor:
         """x [T, D]: [T, D]."""
+        if (y := self.stack(x, ctx)) is not None:
+            return y
         for layer in self.layer:
             x = layer(x, ctx)
         return x

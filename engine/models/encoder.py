@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from engine.config import ModelConfig
 from engine.context import ForwardContext
+from engine.layers.encoder_stack import EncoderLayerParts, EncoderStack
 from engine.layers.joint import JointLinears
 from engine.layers.linear import Embedding, Linear
 from engine.models.base import Model
@@ -42,6 +43,14 @@ def table(rows: int, config: ModelConfig, name: str, schemes: SchemeMap, dtype: 
 def linear(in_features: int, out_features: int, name: str, schemes: SchemeMap, dtype: torch.dtype) -> Linear:
     """A Linear with a bias."""
     return Linear(in_features, out_features, name=name, bias=True, scheme=schemes.for_module(name), dtype=dtype)
+
+
+def stack(layers: nn.ModuleList, config: ModelConfig) -> EncoderStack:
+    """Layers that have ``parts``, for all of them at once."""
+    parts: list[EncoderLayerParts] = [layer.parts for layer in layers]  # type: ignore[misc]
+    return EncoderStack(
+        list(layers), parts, heads=config.num_attention_heads, scale=config.query_scale, activation=config.hidden_act
+    )
 
 
 def self_attention(qkv: JointLinears, x: Tensor, ctx: ForwardContext, config: ModelConfig) -> Tensor:

@@ -78,7 +78,7 @@ class Unquantized(LinearScheme):
 
     def apply(self, module: nn.Module, x: Tensor) -> Tensor:
         weight = module.get_parameter("weight")
-        if cpu.takes_rows(x) and (packed := cpu.packed(module, weight, lambda: cpu.StoredWeight(weight))) is not None:
+        if cpu.takes_rows(x) and (packed := self.packed(module)) is not None:
             return packed.linear(x)
         return linear(x, weight)
 
@@ -87,6 +87,10 @@ class Unquantized(LinearScheme):
         if is_divided(x, weight) or cpu.takes_rows(x):
             return super().apply_with_bias(module, x, bias)
         return F.linear(x, weight, bias)
+
+    def packed(self, module: nn.Module) -> cpu.PackedWeight | None:
+        weight = module.get_parameter("weight")
+        return cpu.packed(module, weight, lambda: cpu.StoredWeight(weight))
 
     def apply_part(self, module: nn.Module, x: Tensor, start: int, end: int) -> Tensor:
         return linear(x, module.get_parameter("weight")[start:end])
@@ -98,7 +102,7 @@ class Unquantized(LinearScheme):
         weight = module.get_parameter("weight")
         wants_gradient = weight.requires_grad and torch.is_grad_enabled()
         if weight.dtype == torch.float32 and not wants_gradient and cpu.takes_ids(ids):
-            packed = cpu.packed(module, weight, lambda: cpu.StoredWeight(weight))
+            packed = self.packed(module)
             if packed is not None:
                 return packed.gather(ids)
         return F.embedding(ids, weight)

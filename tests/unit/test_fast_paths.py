@@ -50,6 +50,10 @@ FAST_PATHS: dict[str, tuple[str, str]] = {
     "cpu layer_norm": ("torch.nn.functional.layer_norm", f"{CPU_OPS}::test_layer_norm"),
     "cpu bias_activation": ("engine.ops.elementwise.ACTIVATIONS", f"{CPU_OPS}::test_bias_and_activation"),
     "cpu choose": ("engine.sampling.sampler.Sampler", "tests/unit/test_cpu_choose.py"),
+    "cpu encoder_layers": (
+        "engine.models.bert.BertLayer",
+        "tests/unit/test_encoder_layers.py::test_layers_of_floats",
+    ),
     "cpu token_likelihood": ("torch.nn.functional.cross_entropy", f"{CPU_OPS}::test_likelihood_of_tokens"),
     "cpu rms_norm_gradient": ("engine.ops.root_norm.root_norm_reference", f"{CPU_GRADIENTS}::test_rms_norm"),
     "cpu attention_gradient": ("engine.ops.attention.attention_reference", f"{CPU_GRADIENTS}::test_attention"),

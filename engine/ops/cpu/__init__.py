@@ -29,7 +29,7 @@ from engine.ops.cpu.calls import (
     rope_table,
     tiled_attention,
 )
-from engine.ops.cpu.encoder import bias_activation, layer_norm
+from engine.ops.cpu.encoder import EncoderStack, EncoderWeights, bias_activation, encoder_layers, layer_norm
 from engine.ops.cpu.gemm import allows_int8_activations, int8_activations, takes_rounded, with_int8_activations
 from engine.ops.cpu.library import LEVELS, Arena, Program, available, capture, level, set_num_threads, takes
 from engine.ops.cpu.likelihood import choose, token_nll
@@ -58,6 +58,8 @@ __all__ = [
     "MAX_TAPS",
     "MAX_WIDTH",
     "Arena",
+    "EncoderStack",
+    "EncoderWeights",
     "PackedWeight",
     "Program",
     "StoredWeight",
@@ -75,6 +77,7 @@ __all__ = [
     "delta_chunk",
     "delta_chunk_gradient",
     "delta_step",
+    "encoder_layers",
     "gated_activation",
     "gated_activation_gradient",
     "int8_activations",

@@ -38,6 +38,7 @@ void rotate(const Rope& op, int64_t begin, int64_t end) {
 
 template <Activation kActivation>
 inline Vec activation(Vec x) {
+  if constexpr (kActivation == Activation::kNone) return x;
   if constexpr (kActivation == Activation::kSilu) return mul(x, sigmoid(x));
   if constexpr (kActivation == Activation::kSigmoid) return sigmoid(x);
   if constexpr (kActivation == Activation::kRelu) return max(zero(), x);
@@ -67,6 +68,7 @@ void activate_rows(const GatedActivation& op, int64_t begin, int64_t end) {
     case Activation::kGeluTanh: return activate<Activation::kGeluTanh>(op, begin, end);
     case Activation::kRelu: return activate<Activation::kRelu>(op, begin, end);
     case Activation::kSigmoid: return activate<Activation::kSigmoid>(op, begin, end);
+    case Activation::kNone: return activate<Activation::kNone>(op, begin, end);
   }
 }
 

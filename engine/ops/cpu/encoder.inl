@@ -25,9 +25,20 @@ void normalize_rows(const LayerNorm& op, int64_t begin, int64_t end) {
 
 template <Activation kActivation>
 void bias_and_activate(const BiasActivation& op, int64_t begin, int64_t end) {
+  if (op.width == 2 * kLanes && op.bias != nullptr) {  // a strip of a product, as it has just been computed
+    const Vec first = load(op.bias), second = load(op.bias + kLanes);
+    for (int64_t row = begin; row < end; ++row) {
+      const float* const x = op.x + row * op.stride;
+      const Vec a = activation<kActivation>(add(load(x), first));
+      const Vec b = activation<kActivation>(add(load(x + kLanes), second));
+      store(op.out + row * op.stride, a);
+      store(op.out + row * op.stride + kLanes, b);
+    }
+    return;
+  }
   for (int64_t row = begin; row < end; ++row) {
-    const float* const x = op.x + row * op.width;
-    float* const out = op.out + row * op.width;
+    const float* const x = op.x + row * op.stride;
+    float* const out = op.out + row * op.stride;
     for_each_vector(op.width, [&](auto read, auto write) {
       const Vec v = read(x);
       write(out, activation<kActivation>(op.bias == nullptr ? v : add(v, read(op.bias))));
@@ -42,5 +53,6 @@ void bias_and_activate_rows(const BiasActivation& op, int64_t begin, int64_t end
     case Activation::kGeluTanh: return bias_and_activate<Activation::kGeluTanh>(op, begin, end);
     case Activation::kRelu: return bias_and_activate<Activation::kRelu>(op, begin, end);
     case Activation::kSigmoid: return bias_and_activate<Activation::kSigmoid>(op, begin, end);
+    case Activation::kNone: return bias_and_activate<Activation::kNone>(op, begin, end);
   }
 }

@@ -78,6 +78,7 @@ WHET_API int64_t whet_cpu_size(int64_t kind) {
     case whet::Kind::kChoose: return sizeof(whet::Choose);
     case whet::Kind::kLowRank: return sizeof(whet::LowRank);
     case whet::Kind::kLowRankGradient: return sizeof(whet::LowRankGradient);
+    case whet::Kind::kEncoderLayers: return sizeof(whet::EncoderLayers);
   }
   return -1;
 }

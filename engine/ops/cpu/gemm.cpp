@@ -75,7 +75,7 @@ char* scratch(int64_t bytes) {
 struct PackCall {
   const Level* level;
   const float* x;
-  int64_t rows, inputs, group;
+  int64_t ldx, rows, inputs, group;
   Format format;
   char* tiles;
   int64_t bytes;  // of a tile
@@ -85,48 +85,75 @@ void pack_piece(void* context, int64_t index) {
   const PackCall& call = *static_cast<const PackCall*>(context);
   const int64_t rows = call.level->tile_rows, begin = index * rows;
   const Tile tile = tile_at(call.tiles + index * call.bytes, rows, call.inputs, call.group, call.format);
-  call.level->pack_tile(call.x + begin * call.inputs, call.inputs, std::min(rows, call.rows - begin), call.inputs,
+  call.level->pack_tile(call.x + begin * call.ldx, call.ldx, std::min(rows, call.rows - begin), call.inputs,
                         call.group, call.format, tile);
 }
 
 struct MultiplyCall {
   const Level* level;
-  Product product;
-  int64_t strips;  // of a piece
+  const Target* targets;
+  const Kernels* kernels;
+  Product product;   // but for the weight and y, which are the targets'
+  int64_t row;       // of x that the packed ones begin with
+  int64_t together;  // strips of a piece
+
+  int64_t pieces(const Target& target) const {
+    const int64_t columns = level->columns * together;
+    return (target.weight->rows + columns - 1) / columns;
+  }
 };
 
+// The pieces of all targets are numbered through, so that small weights fill the threads together.
 void multiply_piece(void* context, int64_t index) {
   const MultiplyCall& call = *static_cast<const MultiplyCall*>(context);
-  const int64_t columns = call.level->columns, end = std::min((index + 1) * call.strips * columns, call.product.weight->rows);
-  for (int64_t n = index * call.strips * columns; n < end; n += columns) call.level->multiply_strip(call.product, n);
+  const Target* target = call.targets;
+  for (int64_t of_this; index >= (of_this = call.pieces(*target)); ++target) index -= of_this;
+  Product product = call.product;
+  product.weight = target->weight;
+  product.ldy = target->ldy;
+  product.y = target->y + call.row * product.ldy;
+  const int64_t columns = call.level->columns, begin = index * call.together * columns;
+  const int64_t end = std::min(begin + call.together * columns, target->weight->rows);
+  for (int64_t n = begin; n < end; n += columns) {
+    call.level->multiply_strip(product, n);
+    if (target->finish == nullptr) continue;
+    const int64_t now = std::min(columns, end - n);
+    call.kernels->bias_and_activate_rows(finishing(*target->finish, product.y, product.ldy, product.rows, n, now), 0,
+                                         product.rows);
+  }
 }
 
-void multiply(const Level& level, const Weight& weight, int64_t inputs, const float* x, int64_t rows, float* y) {
+int64_t group_of(const Weight& weight) { return weight.group_size % 32 == 0 ? 32 : 16; }
+
+}  // namespace
+
+bool round_alike(const Weight& a, const Weight& b) {
+  return (a.storage == Storage::kInt4) == (b.storage == Storage::kInt4) && group_of(a) == group_of(b);
+}
+
+void multiply(const Target* targets, int64_t count, int64_t inputs, const float* x, int64_t ldx, int64_t rows,
+              const Kernels& kernels) {
   if (rows == 0) return;
-  const int64_t ldy = weight.rows;
-  const int64_t group = weight.group_size % 32 == 0 ? 32 : 16;
+  const Level& level = *level_at(forced_level < 0 ? best_level() : forced_level);
+  const Weight& weight = *targets[0].weight;
+  const int64_t group = group_of(weight);
   const Format format = weight.storage == Storage::kInt4 ? level.int4_format : level.int8_format;
   const int64_t bytes = tile_bytes(level.tile_rows, inputs, group, format);
   const int64_t most = std::max<int64_t>(1, kPackedBytes / bytes), all = (rows + level.tile_rows - 1) / level.tile_rows;
   const int64_t blocks = (all + most - 1) / most, per_block = (all + blocks - 1) / blocks;
   char* const tiles = scratch(per_block * bytes);
   for (int64_t first = 0; first < all; first += per_block) {
-    const int64_t count = std::min(per_block, all - first), begin = first * level.tile_rows;
-    const int64_t now = std::min(count * level.tile_rows, rows - begin);
-    PackCall pack{&level, x + begin * inputs, now, inputs, group, format, tiles, bytes};
-    parallel_for(pack_piece, &pack, count);
-    const Product product{&weight, inputs, group, tiles, bytes, now, y + begin * ldy, ldy};
-    const int64_t strips = (weight.rows + level.columns - 1) / level.columns;
-    const int64_t together = std::clamp<int64_t>(kPieceProducts / (now * inputs * level.columns), 1, strips);
-    MultiplyCall call{&level, product, together};
-    parallel_for(multiply_piece, &call, (strips + together - 1) / together);
+    const int64_t packed = std::min(per_block, all - first), begin = first * level.tile_rows;
+    const int64_t now = std::min(packed * level.tile_rows, rows - begin);
+    PackCall pack{&level, x + begin * ldx, ldx, now, inputs, group, format, tiles, bytes};
+    parallel_for(pack_piece, &pack, packed);
+    const Product product{nullptr, inputs, group, tiles, bytes, now, nullptr, 0};
+    const int64_t together = std::max<int64_t>(1, kPieceProducts / (now * inputs * level.columns));
+    MultiplyCall call{&level, targets, &kernels, product, begin, together};
+    int64_t pieces = 0;
+    for (int64_t i = 0; i < count; ++i) pieces += call.pieces(targets[i]);
+    parallel_for(multiply_piece, &call, pieces);
   }
-}
-
-}  // namespace
-
-void multiply(const Weight& weight, int64_t inputs, const float* x, int64_t rows, float* y) {
-  multiply(*level_at(forced_level < 0 ? best_level() : forced_level), weight, inputs, x, rows, y);
 }
 
 }  // namespace whet::gemm

@@ -38,6 +38,14 @@ struct Tile {
   float* sums;    // xs * sum(xq) [P][tile_rows]
 };
 
+// One of several products of the same x.
+struct Target {
+  const Weight* weight;
+  float* y;              // [M, N]
+  int64_t ldy;
+  const Finish* finish;  // or null
+};
+
 // One product, once x is packed.
 struct Product {
   const Weight* weight;
@@ -72,8 +80,12 @@ inline int64_t tile_bytes(int64_t tile_rows, int64_t inputs, int64_t group, Form
   return aligned(tile_rows * inputs * value_bytes(format)) + 2 * aligned(tile_rows * (inputs / group) * 4);
 }
 
-// y [M, N] = x [M, K], rounded to int8, times a weight of integers transposed. Throws std::bad_alloc.
-void multiply(const Weight& weight, int64_t inputs, const float* x, int64_t rows, float* y);
+// Whether two weights have x rounded in the same way, so that they can be targets of one call.
+bool round_alike(const Weight& a, const Weight& b);
+
+// y [M, N] = x [M, K], rounded to int8, times a weight of integers transposed, for each target. Throws std::bad_alloc.
+void multiply(const Target* targets, int64_t count, int64_t inputs, const float* x, int64_t ldx, int64_t rows,
+              const Kernels& kernels);
 
 namespace avx2 { extern const Level kLevel; }
 namespace avxvnni { extern const Level kLevel; }

@@ -69,6 +69,7 @@ void activation_gradient_rows(const GatedActivationGradient& op, int64_t begin, 
     case Activation::kGeluTanh: return activation_gradient<Activation::kGeluTanh>(op, begin, end);
     case Activation::kSigmoid: return activation_gradient<Activation::kSigmoid>(op, begin, end);
     case Activation::kGelu:
-    case Activation::kRelu: break;  // Python does not ask for these
+    case Activation::kRelu:
+    case Activation::kNone: break;  // Python does not ask for these
   }
 }

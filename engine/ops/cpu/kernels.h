@@ -54,6 +54,14 @@ struct Linear {
   int32_t reserved;
 };
 
+enum class Activation : int32_t { kSilu = 0, kGelu = 1, kGeluTanh = 2, kRelu = 3, kSigmoid = 4, kNone = 5 };
+
+// What the columns of a product become as soon as they are there, while they are near: activation(y + bias).
+struct Finish {
+  const float* bias;  // [N], or null
+  Activation activation;
+};
+
 // y = x W^T, or x W, for many rows of x and rows [begin, end) of W (panels.inl).
 constexpr int64_t kProductColumns = 32;  // of y that are computed together
 struct FloatProduct {
@@ -64,6 +72,7 @@ struct FloatProduct {
   int64_t rows;        // M
   int64_t begin, end;
   int64_t x_stride, y_stride;  // from row to row
+  const Finish* finish;        // or null
   int32_t transposed;
   int32_t reserved;
 };
@@ -197,8 +206,6 @@ struct AttentionGradient {
   float scale;
   float reserved;
 };
-
-enum class Activation : int32_t { kSilu = 0, kGelu = 1, kGeluTanh = 2, kRelu = 3, kSigmoid = 4 };
 
 // activation(gate) * up, [outer, inner, width]; gate and up may have strides.
 struct GatedActivation {
@@ -375,8 +382,47 @@ struct BiasActivation {
   const float* bias;  // [width], or null
   float* out;         // [M, width]; may be x
   int64_t rows, width;
+  int64_t stride;  // of x and out, from row to row
   Activation activation;
   int32_t reserved;
+};
+
+// Columns [column, column + columns) of y.
+inline BiasActivation finishing(const Finish& finish, float* y, int64_t stride, int64_t rows, int64_t column,
+                                int64_t columns) {
+  const float* const bias = finish.bias == nullptr ? nullptr : finish.bias + column;
+  return {y + column, bias, y + column, rows, columns, stride, finish.activation, 0};
+}
+
+// One layer of an encoder (J. Devlin et al., BERT): attention and feed-forward block, each added to what goes into it and
+// normalised. Weights of any storages; biases may be null.
+struct EncoderLayer {
+  const Weight* weights[6];  // q, k, v and output [D, D]; up [F, D]; down [D, F]
+  const float* biases[6];    // of these
+  const float* norms[4];     // weight and bias after attention, weight and bias after the feed-forward block: [D]
+};
+
+// x through some such layers, each of S sequences by itself (encoder.cpp).
+struct EncoderLayers {
+  const EncoderLayer* layers;
+  float* x;                   // [T, D], written over
+  const int64_t* seq_starts;  // [S + 1], rows of x
+  int64_t count, sequences;
+  int64_t width, inner, heads;  // D, F, H
+  float eps;
+  float scale;  // of scores, above 0
+  Activation activation;
+  int32_t rounds;  // as Linear has it, where a weight has integers
+};
+
+// Attention of sequences that see all of themselves and nothing else (attention_whole.inl).
+struct WholeAttention {
+  const float* q;  // [T, H, D]
+  const float* k;  // [T, H, D]
+  const float* v;  // [T, H, D]
+  float* out;            // [T, H, D]
+  int64_t heads, width;  // H, D
+  float scale;           // above 0
 };
 
 // -log softmax(logits)[target] of each row, in nats.
@@ -411,7 +457,7 @@ enum class Kind : int64_t {
   kTiledAttention,
   kConv, kDeltaChunk, kFloatProduct, kLayerNorm, kBiasActivation, kTokenLikelihood,
   kRmsNormGradient, kGatedActivationGradient, kAttentionGradient, kConvGradient,
-  kDeltaChunkGradient, kChoose, kLowRank, kLowRankGradient,
+  kDeltaChunkGradient, kChoose, kLowRank, kLowRankGradient, kEncoderLayers,
 };
 
 struct Op {
@@ -470,6 +516,8 @@ struct Kernels {
   // Of the same the gradients d_low [tokens, r] and d_a [r, I], d_b [r, O]; `adds`: to what these two have.
   void (*update_gradient)(const LowRankGradient& op, const float* b, int64_t begin, int64_t end, bool adds, float* d_low,
                           float* d_a, float* d_b);
+  // The sequence of `tokens` from row `start` on.
+  void (*attend_whole)(const WholeAttention& op, int64_t start, int64_t tokens, int64_t head);
 };
 
 namespace avx2 { extern const Kernels kernels; }
@@ -481,6 +529,9 @@ enum class Status : int32_t {
   kNoSuchRow = 1,  // a Gather is asked for a row that its weight lacks, or a TokenLikelihood for a logit that is none
   kNoMemory = 2,
 };
+
+// Rows of x up to which a product is bound by reading the weight.
+constexpr int64_t kLinearRows = 16;
 
 // Runs operations one after the other, up to one that fails. Linears that follow each other and share x run as one.
 Status run(const Op* ops, int64_t count, const Kernels& kernels);
@@ -498,10 +549,15 @@ void run(const DeltaChunkGradient& op, const Kernels& kernels);
 void run(const LowRank& op, const Kernels& kernels);
 void run(const LowRankGradient& op, const Kernels& kernels);
 
+// See encoder.cpp.
+void run(const EncoderLayers& op, const Kernels& kernels);
+
 // Work shared by the calling thread and the pool's. `body(context, index)` runs once for each index in [0, count). With
-// `in_order`, a thread runs indices that follow each other, as far as they are there.
+// `in_order`, a thread runs indices that follow each other, as far as they are there. Within such a body, the thread that
+// runs it does all of the work.
 using Body = void (*)(void* context, int64_t index);
 void parallel_for(Body body, void* context, int64_t count, bool in_order = false);
 void set_num_threads(int count);
+int num_threads();
 
 }  // namespace whet

@@ -52,6 +52,7 @@ KINDS = (
     "choose",
     "low_rank",
     "low_rank_gradient",
+    "encoder_layers",
 )
 """``Kind`` of kernels.h, in its order."""
 
@@ -67,6 +68,7 @@ _LASTING = frozenset(
         "delta_chunk_gradient",
         "low_rank",
         "low_rank_gradient",
+        "encoder_layers",
     )
 )
 """Kinds during which the interpreter's lock is free."""

@@ -129,9 +129,13 @@ void run(const FloatProduct& op, const Kernels& kernels) {
                           count, packed + tile * size);
       });
       const PackedRows x{packed, size, row, rows, first, count};
+      const bool finishes = op.finish != nullptr && first + count == summed;
       in_parallel(ceil_div(columns, kProductColumns), [&](int64_t index) {
-        const int64_t column = index * kProductColumns;
-        kernels.multiply_packed(op, x, column, std::min(kProductColumns, columns - column));
+        const int64_t column = index * kProductColumns, now = std::min(kProductColumns, columns - column);
+        kernels.multiply_packed(op, x, column, now);
+        if (!finishes) return;
+        float* const y = op.y + row * op.y_stride;
+        kernels.bias_and_activate_rows(finishing(*op.finish, y, op.y_stride, rows, column, now), 0, rows);
       });
     }
   }
@@ -321,15 +325,28 @@ bool is_packed(const Linear& op) {
   return op.rounds != 0 && (op.rows > kUnpackedRows || op.weight->group_size % kRounded != 0);
 }
 
-// How many operations from ops[0] on are products of one and the same x, none of them packed.
+// How many operations from ops[0] on are products of one and the same x, all of them packed, in one way, or none.
 int64_t products_of_one_input(const Op* ops, int64_t count) {
   const auto& first = *static_cast<const Linear*>(ops[0].args);
+  const bool packed = is_packed(first);
   int64_t same = 1;
   for (; same < count && ops[same].kind == Kind::kLinear; ++same) {
     const auto& next = *static_cast<const Linear*>(ops[same].args);
-    if (next.x != first.x || next.inputs != first.inputs || next.rows != first.rows || is_packed(next)) break;
+    if (next.x != first.x || next.inputs != first.inputs || next.rows != first.rows || is_packed(next) != packed) break;
+    if (packed && !gemm::round_alike(*first.weight, *next.weight)) break;
   }
   return same;
+}
+
+// Products of one x that are packed.
+void multiply_packed(const Op* ops, int64_t count, const Kernels& kernels) {
+  const auto& first = *static_cast<const Linear*>(ops[0].args);
+  std::vector<gemm::Target> targets;
+  for (int64_t i = 0; i < count; ++i) {
+    const auto& op = *static_cast<const Linear*>(ops[i].args);
+    targets.push_back({op.weight, op.y, op.weight->rows, nullptr});
+  }
+  gemm::multiply(targets.data(), count, first.inputs, first.x, first.inputs, first.rows, kernels);
 }
 
 }  // namespace
@@ -339,12 +356,12 @@ Status run(const Op* ops, int64_t count, const Kernels& kernels) try {
     const void* args = ops[i].args;
     switch (ops[i].kind) {
       case Kind::kLinear: {
-        if (const auto& op = *static_cast<const Linear*>(args); is_packed(op)) {
-          gemm::multiply(*op.weight, op.inputs, op.x, op.rows, op.y);
-          break;
-        }
+        const auto& op = *static_cast<const Linear*>(args);
         const int64_t same = products_of_one_input(ops + i, count - i);
-        run(ops + i, same, kernels, *static_cast<const Linear*>(args));
+        if (is_packed(op))
+          multiply_packed(ops + i, same, kernels);
+        else
+          run(ops + i, same, kernels, op);
         i += same - 1;
         break;
       }
@@ -374,6 +391,7 @@ Status run(const Op* ops, int64_t count, const Kernels& kernels) try {
       case Kind::kFloatProduct: run(*static_cast<const FloatProduct*>(args), kernels); break;
       case Kind::kLayerNorm: run(*static_cast<const LayerNorm*>(args), kernels); break;
       case Kind::kBiasActivation: run(*static_cast<const BiasActivation*>(args), kernels); break;
+      case Kind::kEncoderLayers: run(*static_cast<const EncoderLayers*>(args), kernels); break;
       case Kind::kTokenLikelihood:
         if (!run(*static_cast<const TokenLikelihood*>(args), kernels)) return Status::kNoSuchRow;
         break;

@@ -32,6 +32,13 @@ namespace {
 // Pauses before a thread sleeps; some 20 to 50 microseconds. Longer would take the core from a busy neighbour.
 constexpr int kSpins = 1500;
 
+// Whether this thread is running a body, whose own loops are then its alone.
+thread_local bool is_within = false;
+struct Within {
+  Within() { is_within = true; }
+  ~Within() { is_within = false; }
+};
+
 class Pool {
  public:
   static Pool& instance() {
@@ -49,9 +56,19 @@ class Pool {
     for (int i = 1; i < count_; ++i) threads_.emplace_back([this, i] { work(i); });
   }
 
+  int count() {
+    const std::lock_guard<std::mutex> call(call_);
+    return count_;
+  }
+
   void run(Body body, void* context, int64_t total, bool in_order) {
+    if (is_within) {
+      for (int64_t i = 0; i < total; ++i) body(context, i);
+      return;
+    }
     const std::lock_guard<std::mutex> call(call_);
     if (threads_.empty() || total <= 1) {
+      const Within within;
       for (int64_t i = 0; i < total; ++i) body(context, i);
       return;
     }
@@ -113,6 +130,7 @@ class Pool {
       if (!from.compare_exchange_weak(ticket, ticket + 1, std::memory_order_acq_rel)) continue;
       // Not past the caller, whose frame the other threads work on, nor out of a thread.
       try {
+        const Within within;
         body(context, index);
       } catch (const std::bad_alloc&) {
         lacked_memory_.store(true, std::memory_order_relaxed);
@@ -176,5 +194,6 @@ void parallel_for(Body body, void* context, int64_t count, bool in_order) {
   Pool::instance().run(body, context, count, in_order);
 }
 void set_num_threads(int count) { Pool::instance().resize(count); }
+int num_threads() { return Pool::instance().count(); }
 
 }  // namespace whet

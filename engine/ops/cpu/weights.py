@@ -67,6 +67,7 @@ class _FloatProduct(ctypes.Structure):
         ("end", _INTEGER),
         ("x_stride", _INTEGER),
         ("y_stride", _INTEGER),
+        ("finish", _POINTER),
         ("transposed", ctypes.c_int32),
         ("reserved", ctypes.c_int32),
     )
@@ -169,6 +170,11 @@ class PackedWeight:
     def __reduce__(self) -> tuple[type[None], tuple[()]]:
         return type(None), ()
 
+    @property
+    def pointer(self) -> int:
+        """Of its ``Weight`` of kernels.h."""
+        return self._pointer
+
     def part(self, start: int, end: int) -> PackedWeight:
         """Rows [start, end) as a weight of its own, over the same memory; y of it is those columns, to the bit where
         start and end are multiples of four, as ``linear`` takes four rows at once."""
@@ -223,6 +229,7 @@ class PackedWeight:
             end,
             flat.stride(0),
             outputs,
+            None,
             transposed,
             0,
         )
