@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,17 @@ def package_file(package: str, relative: str) -> Path:
     path = Path(spec.submodule_search_locations[0]) / relative
     assert path.exists(), path
     return path
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """torch with one thread: on small matrices, threads spend their time waiting for each other."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from engine.errors import FormatError, InvalidArgumentError
 from engine.jobs import TrainParams
+from engine.ops.torch_threads import threads_for
 
 
 def learning_rate(params: TrainParams, step: int, total_steps: int) -> float:
@@ -61,6 +62,7 @@ class Optimizer:
         if params.optimizer not in ("adamw", "sgd"):
             raise InvalidArgumentError(f"optimizer is {params.optimizer!r}; accepted: adamw, sgd", field="optimizer")
         self._state: dict[str, State] = {name: {} for name in self._masters}
+        self._threads = threads_for(max((p.numel() for p in self._masters.values()), default=0))
 
     def zero_grad(self) -> None:
         """Frees all gradients."""
@@ -73,9 +75,10 @@ class Optimizer:
         Returns: L2 norm over all of them, before.
         """
         parameters = list(self._masters.values())
-        if self._params.max_grad_norm > 0.0:
-            return float(nn.utils.clip_grad_norm_(parameters, self._params.max_grad_norm))
-        return float(nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
+        with self._threads:
+            if self._params.max_grad_norm > 0.0:
+                return float(nn.utils.clip_grad_norm_(parameters, self._params.max_grad_norm))
+            return float(nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
 
     @torch.no_grad()
     def step(self, rate: float) -> None:
@@ -86,12 +89,13 @@ class Optimizer:
         states = [state for state, _, _ in trained]
         parameters: list[Tensor] = [parameter for _, parameter, _ in trained]
         gradients = [gradient for _, _, gradient in trained]
-        if self._params.weight_decay:
-            torch._foreach_mul_(parameters, 1 - rate * self._params.weight_decay)
-        if self._params.optimizer == "adamw":
-            _adam(states, parameters, gradients, rate, self._params)
-        else:
-            _sgd(states, parameters, gradients, rate, self._params)
+        with self._threads:
+            if self._params.weight_decay:
+                torch._foreach_mul_(parameters, 1 - rate * self._params.weight_decay)
+            if self._params.optimizer == "adamw":
+                _adam(states, parameters, gradients, rate, self._params)
+            else:
+                _sgd(states, parameters, gradients, rate, self._params)
 
     def snapshot(self) -> Snapshot:
         """Copies of the masters and of the state."""

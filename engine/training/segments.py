@@ -19,6 +19,7 @@ from engine.context import ForwardContext, Stage, State
 from engine.core.staged import StagedForward
 from engine.jobs import Pause
 from engine.models.base import CausalLM
+from engine.ops.torch_threads import threads_for
 
 FINE_TOKENS = 96
 """Tokens from which a layer is cut further while others are served: with fewer, a segment costs little more than what
@@ -78,7 +79,7 @@ class Segments:
     def _segment(self, state: State, run: Stage, gradients: bool, name: str) -> State:
         # Below the first adapted layer nothing needs a gradient, and no backward goes there.
         leaves = tuple(x.detach().requires_grad_(x.requires_grad) for x in state)
-        with torch.set_grad_enabled(gradients), self._numerics():
+        with torch.set_grad_enabled(gradients), self._numerics(), threads_for(_elements(leaves)):
             outputs = run(leaves)
         if any(y.requires_grad for y in outputs):
             self._graphs.append((leaves, outputs, name))
@@ -103,5 +104,11 @@ class Segments:
                 else:
                     roots.append(y)
                     seeds.append(seed)
-            torch.autograd.backward(roots, seeds)
+            with threads_for(_elements(leaves)):
+                torch.autograd.backward(roots, seeds)
             gradients = [leaf.grad for leaf in leaves]
+
+
+def _elements(state: State) -> int:
+    """Of the largest tensor, which tells how large those of a layer's operations are."""
+    return max((x.numel() for x in state), default=0)

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +19,9 @@ from engine.quantization.base import UNQUANTIZED
 from engine.request import Request
 from tests.engine.test_generate import GREEDY, collect, make_engine, prompt, tokens
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 PROMPT = prompt(80, 30)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """On matrices this small, threads spend their time waiting for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def adapter_of(engine: Engine, name: str, seed: int, *, scale: float = 0.2) -> Adapter:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,8 @@ from tests.engine.test_activation_checkpointing import save_tiny_gemma3
 from tests.tiny import save_tiny_hybrid, save_tiny_llama
 from tests.training_runs import events_of, load_tiny, losses, make_spec, of_type, random_examples, told
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 FACTOR = 2.5
 """How far above the measured peak the estimate may be. It is never below."""
 
@@ -39,15 +41,6 @@ OPTIONS: dict[torch.dtype, list[tuple[list[int], dict[str, Any]]]] = {
     ],
     torch.bfloat16: [([128], {})],
 }
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """On matrices this small, threads spend their time waiting for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def measure(path: Path, directory: Path, lengths: list[int], dtype: torch.dtype, **options: Any) -> tuple[int, int]:

@@ -6,7 +6,7 @@ import dataclasses
 import errno
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -47,17 +47,10 @@ from engine.training.data import Examples
 from engine.training.trainer import StopAndCheckpoint, train
 from tests.training_runs import events_of, load_tiny, losses, make_spec, of_type, random_examples, told
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TRAIN = random_examples([10, 20, 30, 15, 9, 12, 25])
 HELD_OUT = random_examples([11, 14], seed=1)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """On matrices this small, threads spend their time waiting for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -23,6 +23,8 @@ from engine.training.passes import accumulate_gradients
 from tests.engine.test_activation_checkpointing import FAMILIES
 from tests.training_runs import load_tiny, random_examples
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 EXAMPLES = Examples.of(random_examples([40, 24, 33, 30]))
 R = TypeVar("R")
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,17 +28,11 @@ from tests.parity import test_peft_adapters as llama
 from tests.tiny import save_tiny_hybrid
 from tests.training_runs import events_of, load_tiny, losses, make_spec, of_type, random_examples
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 EXAMPLES = random_examples([12, 40, 9, 33])
 PROMPTS = [example.token_ids for example in EXAMPLES]
 GATE_UP, DOWN = "mlp.experts.gate_up_proj", "mlp.experts.down_proj"
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,16 +17,9 @@ from tests.parity import test_peft_adapters as llama
 from tests.tiny import save_tiny_hybrid
 from tests.training_runs import load_tiny, random_examples
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 EXAMPLES = random_examples([12, 40, 9, 70, 14, 33])  # below, at and beyond a chunk of 32
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """On matrices this small, threads spend their time waiting for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module", params=["dense", "moe"])
