@@ -4,6 +4,8 @@ A step in which every sequence has one new token runs the same operations each t
 tensors differ. So the operations are recorded as they first run (engine.ops.cpu.capture), over tensors that stay, and
 later steps write the numbers and run the record in one call: Python's part no longer grows with the depth of the model.
 A step of the sequences of the step before writes the few numbers that are new.
+Adapters are found through a table of slots (engine.lora.slots), so that a captured step is for all adapters that update
+the same modules.
 The recorded operations are those that the model called, so a replay computes what the model would. A step of which
 torch computed a part cannot be replayed, which the capture notices; then every step runs as it would without.
 
@@ -19,12 +21,17 @@ from collections.abc import Sequence as Seq
 import torch
 from torch import Tensor
 
-from engine.context import DecodeInputs, ForwardContext, PagedCache, RecurrentStates
+from engine.context import DecodeInputs, ForwardContext, LoRADelta, PagedCache, RecurrentStates
 from engine.lora.adapter import Adapter
+from engine.lora.slots import AdapterSlots, SlotLoRA
 from engine.models.base import CausalLM
 from engine.ops import cpu
 
 logger = logging.getLogger(__name__)
+
+MAX_REACHES = 8
+"""Sets of modules that adapters update for which steps are captured, the empty one included. Steps with others are run
+as they are."""
 
 
 class DecodeGraphs:
@@ -40,7 +47,8 @@ class DecodeGraphs:
         self._states = states
         self._max_blocks = -(-max_model_len // cache.block_size)
         self._arena = cpu.Arena()
-        self._graphs: dict[int, _Graph | None] = {}
+        self._graphs: dict[tuple[int, frozenset[str]], _Graph | None] = {}
+        self._slots = AdapterSlots(list(model.linears()), torch.device("cpu"), model.compute_dtype)
         self._last: _Graph | None = None
         self._refused = False
 
@@ -52,27 +60,30 @@ class DecodeGraphs:
         state_slots: Seq[int],
         adapters: Seq[Adapter | None],
     ) -> Tensor | None:
-        """See CapturedSteps. Products by adapters are torch's, so there is none with an adapter."""
+        """See CapturedSteps."""
         self._last = None
-        if any(adapter is not None for adapter in adapters):
+        assigned = self._slots.assign(adapters)
+        if assigned is None:
             return None
-        count = len(tokens)
-        graph = self._graphs.get(count)
+        rows, reach = assigned
+        key = (len(tokens), reach.modules)
+        graph = self._graphs.get(key)
         if graph is None:
-            if count in self._graphs:
+            if key in self._graphs or len({modules for _, modules in self._graphs} | {key[1]}) > MAX_REACHES:
                 return None
-            graph = _Graph(count, self._max_blocks, self._cache.block_size)
-            graph.write(tokens, computed, block_tables, state_slots)
+            graph = _Graph(len(tokens), self._max_blocks, self._cache.block_size)
+            graph.write(tokens, computed, block_tables, state_slots, rows)
             held = len(self._arena)
-            foreign = graph.capture(self._model, self._arena, self._cache, self._states)
-            self._graphs[count] = self._last = graph if foreign is None else None
+            lora = SlotLoRA(self._slots, graph.adapter_slots, reach) if reach.modules else None
+            foreign = graph.capture(self._model, self._arena, self._cache, self._states, lora)
+            self._graphs[key] = self._last = graph if foreign is None else None
             if foreign is not None:
                 self._arena.shrink(held)
                 if not self._refused:
-                    logger.info("steps of %d sequences are not captured: torch computes %s", count, foreign)
+                    logger.info("steps of %d sequences are not captured: torch computes %s", key[0], foreign)
                 self._refused = True
             return graph.output
-        graph.write(tokens, computed, block_tables, state_slots)
+        graph.write(tokens, computed, block_tables, state_slots, rows)
         graph.program.replay()
         self._last = graph
         return graph.output
@@ -117,11 +128,13 @@ class _Graph:
         self._slots = index(count)
         self._kv_lens = index(count)
         self._state_slots = index(count)
+        self.adapter_slots = index(count)
         self._tables = index(count, max_blocks, dtype=torch.int32)
         # numpy writes a list into memory in a fraction of what an operation of torch costs, and a memoryview a number.
         self._arrays = [t.numpy() for t in (self.token_ids, self._positions, self._slots, self._kv_lens)]
         self._table_array = self._tables.numpy()
         self._state_array = self._state_slots.numpy()
+        self._adapter_array = self.adapter_slots.numpy()
         self._numbers = [array.data for array in self._arrays]
         self._table_rows = [row.data for row in self._table_array]
         self._block_size = block_size
@@ -131,7 +144,14 @@ class _Graph:
         self._param_array = self._params.view(-1).numpy()
         self.chosen = memoryview(b"")  # [S] int64; see DecodeGraphs.next_tokens
 
-    def write(self, tokens: Seq[int], computed: Seq[int], block_tables: Seq[Seq[int]], state_slots: Seq[int]) -> None:
+    def write(
+        self,
+        tokens: Seq[int],
+        computed: Seq[int],
+        block_tables: Seq[Seq[int]],
+        state_slots: Seq[int],
+        adapter_slots: Seq[int],
+    ) -> None:
         """Puts the numbers of a step into the tensors."""
         size = self._block_size
         ids, positions, slots, kv_lens = self._arrays
@@ -143,6 +163,7 @@ class _Graph:
             self._table_array[row, : len(table)] = table
         if state_slots:
             self._state_array[:] = state_slots
+        self._adapter_array[:] = adapter_slots
         self._param_array[:] = 0.0  # all rows are greedy: what is chosen is not looked at
 
     def advance(
@@ -168,7 +189,12 @@ class _Graph:
             self._table_rows[row][index] = block
 
     def capture(
-        self, model: CausalLM, arena: cpu.Arena, cache: PagedCache, states: RecurrentStates | None
+        self,
+        model: CausalLM,
+        arena: cpu.Arena,
+        cache: PagedCache,
+        states: RecurrentStates | None,
+        lora: LoRADelta | None,
     ) -> str | None:
         """Runs the step that was written and records it. Returns the operation that prevents a replay, or None."""
         count = len(self.token_ids)
@@ -183,6 +209,7 @@ class _Graph:
             decode=DecodeInputs(torch.arange(count), self._kv_lens, None if states is None else self._state_slots),
             states=states,
             state_slots=self._state_slots.tolist() if states is not None else (),
+            lora=lora,
             scratch={},
         )
         with cpu.capture(arena) as self.program:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from engine.lora.adapter import Adapter
+from engine.ops import cpu
 from engine.ops.backends import uses_triton_forward
 from engine.ops.transfer import to_device
 
@@ -130,6 +131,9 @@ class SlotLoRA:
 
             table = (slots.addresses[:, i], slots.ranks[:, i], slots.scalings[:, i])
             lora_rows.add_rows(y, x, self._rows, *table, self._reach.max_rank)
+            return y
+        if cpu.takes(x, y) and x.is_contiguous() and y.is_contiguous():
+            cpu.lora_rows(y, x, self._rows, slots.addresses[:, i], slots.ranks[:, i], slots.scalings[:, i])
             return y
         factors = {s: (a.modules[name], a.scaling(name)) for s, a in enumerate(slots.held) if a and name in a.modules}
         return add_rows_reference(y, x, self._rows.tolist(), factors)

@@ -49,6 +49,7 @@ FAST_PATHS: dict[str, tuple[str, str]] = {
     ),
     "cpu layer_norm": ("torch.nn.functional.layer_norm", f"{CPU_OPS}::test_layer_norm"),
     "cpu bias_activation": ("engine.ops.elementwise.ACTIVATIONS", f"{CPU_OPS}::test_bias_and_activation"),
+    "cpu lora_rows": ("engine.lora.slots.add_rows_reference", "tests/unit/test_lora_rows.py"),
     "cpu choose": ("engine.sampling.sampler.Sampler", "tests/unit/test_cpu_choose.py"),
     "cpu encoder_layers": (
         "engine.models.bert.BertLayer",

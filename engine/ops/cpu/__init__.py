@@ -33,7 +33,7 @@ from engine.ops.cpu.encoder import EncoderStack, EncoderWeights, bias_activation
 from engine.ops.cpu.gemm import allows_int8_activations, int8_activations, takes_rounded, with_int8_activations
 from engine.ops.cpu.library import LEVELS, Arena, Program, available, capture, level, set_num_threads, takes
 from engine.ops.cpu.likelihood import choose, token_nll
-from engine.ops.cpu.low_rank import low_rank, low_rank_gradient
+from engine.ops.cpu.low_rank import lora_rows, low_rank, low_rank_gradient
 from engine.ops.cpu.recurrent_gradients import conv_gradient, delta_chunk_gradient
 from engine.ops.cpu.results import results_apart
 from engine.ops.cpu.weights import (
@@ -83,6 +83,7 @@ __all__ = [
     "int8_activations",
     "layer_norm",
     "level",
+    "lora_rows",
     "low_rank",
     "low_rank_gradient",
     "packed",

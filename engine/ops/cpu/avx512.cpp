@@ -46,7 +46,7 @@ inline Vec dot_signed(Bytes w, Bytes x) {
 
 }  // namespace
 
-const Kernels kernels{multiply_rows, kPanelRows, pack_rows, multiply_packed, round_row, multiply_rounded, widen_rows, norm_rows, rotate, activate_rows, add_rows, attend, attend_tile, convolve, advance, convolve_rows, advance_chunks, normalize_rows, bias_and_activate_rows, score_rows, norm_gradient_rows, activation_gradient_rows, attend_gradient, convolve_gradient, advance_gradient, find_largest, weigh, collect, exp_less, update_rows, update_gradient, attend_whole};
+const Kernels kernels{multiply_rows, kPanelRows, pack_rows, multiply_packed, round_row, multiply_rounded, widen_rows, norm_rows, rotate, activate_rows, add_rows, attend, attend_tile, convolve, advance, convolve_rows, advance_chunks, normalize_rows, bias_and_activate_rows, score_rows, norm_gradient_rows, activation_gradient_rows, attend_gradient, convolve_gradient, advance_gradient, find_largest, weigh, collect, exp_less, update_rows, update_few_rows, update_gradient, attend_whole};
 
 }  // namespace whet::avx512
 #endif

@@ -76,6 +76,7 @@ WHET_API int64_t whet_cpu_size(int64_t kind) {
     case whet::Kind::kBiasActivation: return sizeof(whet::BiasActivation);
     case whet::Kind::kTokenLikelihood: return sizeof(whet::TokenLikelihood);
     case whet::Kind::kChoose: return sizeof(whet::Choose);
+    case whet::Kind::kLoraRows: return sizeof(whet::LoraRows);
     case whet::Kind::kLowRank: return sizeof(whet::LowRank);
     case whet::Kind::kLowRankGradient: return sizeof(whet::LowRankGradient);
     case whet::Kind::kEncoderLayers: return sizeof(whet::EncoderLayers);

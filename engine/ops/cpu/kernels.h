@@ -348,6 +348,19 @@ struct LowRank {
   float reserved;
 };
 
+// y += scaling B A x of single rows, which each have an adapter or none: factors are found through a table, so that a
+// program serves whichever adapters it holds when it is run.
+struct LoraRows {
+  const float* x;            // [T, I]
+  float* y;                  // [T, O]
+  const int64_t* slots;      // [T], of each row's adapter; -1: none
+  const int64_t* addresses;  // of A [r, I] and B [O, r] for this linear; 0: the adapter has none
+  const int64_t* ranks;
+  const float* scalings;
+  int64_t tokens, inputs, outputs;
+  int64_t address_stride, rank_stride, scaling_stride;  // from slot to slot
+};
+
 // The gradients of LowRank.
 struct LowRankGradient {
   const float* x;
@@ -457,7 +470,7 @@ enum class Kind : int64_t {
   kTiledAttention,
   kConv, kDeltaChunk, kFloatProduct, kLayerNorm, kBiasActivation, kTokenLikelihood,
   kRmsNormGradient, kGatedActivationGradient, kAttentionGradient, kConvGradient,
-  kDeltaChunkGradient, kChoose, kLowRank, kLowRankGradient, kEncoderLayers,
+  kDeltaChunkGradient, kChoose, kLowRank, kLowRankGradient, kEncoderLayers, kLoraRows,
 };
 
 struct Op {
@@ -513,6 +526,8 @@ struct Kernels {
   void (*exp_less)(const float* x, int64_t count, float less, float* out);  // exp(x - less)
   // Tokens [begin, end); b is that of the operation as [r, O].
   void (*update_rows)(const LowRank& op, const float* b, int64_t begin, int64_t end);
+  // All tokens of the operation, of which there are few; b as it is. `update` is memory for [tokens, O].
+  void (*update_few_rows)(const LowRank& op, float* update);
   // Of the same the gradients d_low [tokens, r] and d_a [r, I], d_b [r, O]; `adds`: to what these two have.
   void (*update_gradient)(const LowRankGradient& op, const float* b, int64_t begin, int64_t end, bool adds, float* d_low,
                           float* d_a, float* d_b);
@@ -547,6 +562,7 @@ void run(const DeltaChunkGradient& op, const Kernels& kernels);
 
 // See low_rank.cpp.
 void run(const LowRank& op, const Kernels& kernels);
+void run(const LoraRows& op, const Kernels& kernels);
 void run(const LowRankGradient& op, const Kernels& kernels);
 
 // See encoder.cpp.

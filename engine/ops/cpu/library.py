@@ -53,6 +53,7 @@ KINDS = (
     "low_rank",
     "low_rank_gradient",
     "encoder_layers",
+    "lora_rows",
 )
 """``Kind`` of kernels.h, in its order."""
 

@@ -44,6 +44,37 @@ void run(const LowRank& op, const Kernels& kernels) {
   });
 }
 
+void run(const LoraRows& op, const Kernels& kernels) {
+  constexpr int64_t kRows = 4;  // neighbours of one adapter that are taken together
+  thread_local std::vector<int64_t> starts;
+  starts.clear();
+  for (int64_t row = 0; row < op.tokens; ++row) {
+    const bool joins = !starts.empty() && op.slots[row] == op.slots[starts.back()] && row - starts.back() < kRows;
+    if (op.slots[row] >= 0 && op.addresses[op.slots[row] * op.address_stride] != 0 && !joins) starts.push_back(row);
+  }
+  const int64_t* const first = starts.data();
+  in_parallel(static_cast<int64_t>(starts.size()), [&](int64_t index) {
+    const int64_t row = first[index], slot = op.slots[row], rank = op.ranks[slot * op.rank_stride];
+    int64_t end = row + 1;
+    while (end < std::min(row + kRows, op.tokens) && op.slots[end] == slot) ++end;
+    const int64_t* const factors = op.addresses + slot * op.address_stride;
+    thread_local std::vector<float> memory;
+    memory.resize((end - row) * (rank + op.outputs));
+    const LowRank update{op.x + row * op.inputs,
+                         reinterpret_cast<const float*>(factors[0]),
+                         reinterpret_cast<const float*>(factors[1]),
+                         op.y + row * op.outputs,
+                         memory.data(),
+                         end - row,
+                         op.inputs,
+                         op.outputs,
+                         rank,
+                         op.scalings[slot * op.scaling_stride],
+                         0.0f};
+    kernels.update_few_rows(update, memory.data() + (end - row) * rank);
+  });
+}
+
 void run(const LowRankGradient& op, const Kernels& kernels) {
   const float* const b = transposed(op.b, op.outputs, op.rank);
   const int64_t parts = ceil_div(op.tokens, kPartTokens), step = block_tokens(std::max(op.inputs, op.outputs));

@@ -94,6 +94,12 @@ void update_rows(const LowRank& op, const float* b, int64_t begin, int64_t end) 
   add_products({low, op.rank, 1}, end - begin, b, op.outputs, op.rank, true, op.y + begin * op.outputs);
 }
 
+void update_few_rows(const LowRank& op, float* update) {
+  dot_rows(op.x, op.tokens, op.inputs, op.a, op.rank, op.scaling, op.low);
+  dot_rows(op.low, op.tokens, op.rank, op.b, op.outputs, 1.0f, update);
+  for_each_vector(op.tokens * op.outputs, [&](auto read, auto write) { write(op.y, add(read(op.y), read(update))); });
+}
+
 void update_gradient(const LowRankGradient& op, const float* b, int64_t begin, int64_t end, bool adds, float* d_low,
                      float* d_a, float* d_b) {
   const int64_t rows = end - begin;

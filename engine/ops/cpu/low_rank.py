@@ -1,6 +1,7 @@
-"""The low-rank update of a product, and its gradients (tests/unit/test_low_rank.py).
+"""The low-rank update of a product, and its gradients; of many tokens, and of single rows with adapters of their own
+(tests/unit/test_low_rank.py, test_lora_rows.py).
 
-Shapes: T tokens, I in_features, O out_features, r rank.
+Shapes: T tokens, I in_features, O out_features, r rank, N slots of adapters.
 """
 
 from __future__ import annotations
@@ -23,6 +24,34 @@ _LOW_RANK_GRADIENT, _LowRankGradient = _struct(
     scaling=_FLOAT,
     adds=_INT32,
 )
+
+_LORA_ROWS, _LoraRows = _struct(
+    "lora_rows",
+    **_fields(_POINTER, "x y slots addresses ranks scalings"),
+    **_fields(_INTEGER, "tokens inputs outputs address_stride rank_stride scaling_stride"),
+)
+
+
+def lora_rows(y: Tensor, x: Tensor, slots: Tensor, addresses: Tensor, ranks: Tensor, scalings: Tensor) -> None:
+    """Adds to each row of y scaling B A x of its adapter. A row of the result does not depend on the other rows. What
+    the tables hold is read when the operation runs.
+
+    Args:
+        y: [T, O], contiguous; written in place.
+        x: [T, I], contiguous.
+        slots: [T] int64, the slot of each row's adapter; -1: none.
+        addresses: [N, 2] int64, where A [r, I] and B [O, r] of each slot lie, both contiguous float32; 0: it has none.
+        ranks: [N] int64. scalings: [N] float32.
+    """
+    assert y.is_contiguous()
+    assert x.is_contiguous()
+    tables = (slots, addresses, ranks, scalings)
+    args = _LoraRows(
+        *(t.data_ptr() for t in (x, y, *tables)),
+        *(len(x), x.shape[1], y.shape[1]),
+        *(addresses.stride(0), ranks.stride(0), scalings.stride(0)),
+    )
+    call(_LORA_ROWS, args, (x, y, *tables))
 
 
 def low_rank(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:

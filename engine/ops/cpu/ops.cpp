@@ -384,6 +384,7 @@ Status run(const Op* ops, int64_t count, const Kernels& kernels) try {
       case Kind::kConvGradient: run(*static_cast<const ConvGradient*>(args), kernels); break;
       case Kind::kDeltaChunkGradient: run(*static_cast<const DeltaChunkGradient*>(args), kernels); break;
       case Kind::kChoose: run(*static_cast<const Choose*>(args), kernels); break;
+      case Kind::kLoraRows: run(*static_cast<const LoraRows*>(args), kernels); break;
       case Kind::kLowRank: run(*static_cast<const LowRank*>(args), kernels); break;
       case Kind::kLowRankGradient: run(*static_cast<const LowRankGradient*>(args), kernels); break;
       case Kind::kConv: run(*static_cast<const Conv*>(args), kernels); break;
