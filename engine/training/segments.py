@@ -3,8 +3,9 @@
 Each segment is a graph of its own: its inputs are leaves, so its backward ends there, and what gathers in the leaves is
 where the backward of the segment before begins. This is how stages of a pipeline are trained (arXiv:1811.06965), with
 one device that takes the stages in turn. The operations and their order are those of one graph, so are the gradients,
-to the bit and however the layers are cut (tests/engine/test_training_segments.py); so the cut may follow what the
-machine is busy with. Each segment's graph is freed once its backward is done.
+to the bit and however the layers are cut, where torch has the same number of threads
+(tests/engine/test_training_segments.py); so the cut may follow what the machine is busy with. Each segment's graph is
+freed once its backward is done.
 """
 
 from __future__ import annotations
