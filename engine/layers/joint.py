@@ -3,7 +3,8 @@
 A GPU takes about as long to begin a product as to make one of a decode step, and a CPU is slow at narrow products, as
 small encoders have them (1,021 rows, one thread of a Zen 3: three of 384 x 384 take 1.15 times as long as one of
 1,152 x 384). So q, k and v, or gate and up, are multiplied at once: their weights are laid side by side in one tensor,
-of which each linear's own is a view. Nothing else changes: names, adapters and training know the linears one by one.
+of which each linear's own is a view. Weights of integers stay as they are, but where many rows of x are rounded for the
+product, they are rounded once for all. Nothing else changes: names, adapters and training know the linears one by one.
 
 Shapes: T tokens, I in_features, O out_features.
 """
@@ -53,10 +54,23 @@ class JointLinears:
         """x [T, I]: the linears' outputs, each [T, O]; rows of one tensor where they are joined."""
         # Training takes products one by one: it writes updates into them, which a view forbids.
         # And a few rows on a CPU have a kernel that reads each weight once.
-        if self._joined is None or torch.is_grad_enabled() or cpu.takes_rows(x) or not self._is_current():
+        if torch.is_grad_enabled() or cpu.takes_rows(x):
             return [linear(x, ctx) for linear in self._linears]
+        if self._joined is None or not self._is_current():
+            return self._rounded_once(x, ctx)
         parts = torch.split(self._joined(x, ctx), self._sizes, dim=-1)
         return [linear.add_lora(x, y, ctx) for linear, y in zip(self._linears, parts, strict=True)]
+
+    def _rounded_once(self, x: Tensor, ctx: ForwardContext) -> list[Tensor]:
+        packed = [linear.scheme.packed(linear) for linear in self._linears] if cpu.takes_rounded(x) else []
+        rounding = {i: weight for i, weight in enumerate(packed) if weight is not None and weight.has_integers}
+        if len(rounding) < 2:
+            return [linear(x, ctx) for linear in self._linears]
+        products = dict(zip(rounding, cpu.rounded_products(x, list(rounding.values())), strict=True))
+        return [
+            linear.finish(x, products[i], ctx) if i in products else linear(x, ctx)
+            for i, linear in enumerate(self._linears)
+        ]
 
     def _is_current(self) -> bool:
         """Whether nobody has given the first linear another weight since."""

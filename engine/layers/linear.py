@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from engine.context import ForwardContext
 from engine.ops import cpu
+from engine.ops.elementwise import add
 from engine.quantization.base import UNQUANTIZED, LinearScheme
 
 
@@ -50,6 +51,10 @@ class Linear(nn.Module):
         else:
             y = self.scheme.apply_with_bias(self, x, self.bias)
         return self.add_lora(x, y, ctx)
+
+    def finish(self, x: Tensor, product: Tensor, ctx: ForwardContext) -> Tensor:
+        """What ``forward`` gives, from x W^T [T, out_features], which is used up."""
+        return self.add_lora(x, product if self.bias is None else add(product, self.bias), ctx)
 
     def without_bias(self, x: Tensor, ctx: ForwardContext) -> tuple[Tensor, Tensor | None]:
         """What ``forward`` gives, but for the second tensor, which the caller is to add in a pass that it makes anyhow;

@@ -109,6 +109,10 @@ FAST_PATHS: dict[str, tuple[str, str]] = {
         "tests/unit/test_attention.py",
     ),
     "delta rule by chunks": ("engine.ops.delta_rule.recurrent_gated_delta_rule", "tests/unit/test_delta_rule.py"),
+    "linears of one input, which is rounded once": (
+        "engine.layers.linear.Linear",
+        "tests/unit/test_joint_linears.py::test_what_is_rounded_for_integers_is_rounded_once",
+    ),
     "linears of one input as one product": (
         "engine.layers.linear.Linear",
         "tests/unit/test_joint_linears.py::test_the_same_outputs",

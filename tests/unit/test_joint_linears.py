@@ -14,7 +14,7 @@ from engine.core.model_loader import load_model
 from engine.layers.joint import JointLinears, join_linears
 from engine.layers.linear import Linear
 from engine.lora.adapter import Adapter, LoRABatch
-from engine.ops import backends
+from engine.ops import backends, cpu
 from engine.quantization.int8 import Int8PerChannel
 from tests.tiny import save_tiny_hybrid, save_tiny_llama
 
@@ -75,6 +75,47 @@ def test_what_is_not_joined() -> None:
     assert not JointLinears(first, Linear(6, 4, name="q", scheme=Int8PerChannel("int-quantized"))).join()
     assert not JointLinears(first, linears(True)[0]).join()
     assert not JointLinears(first, second.to(torch.bfloat16)).join()
+
+
+@pytest.mark.skipif(not cpu.available(), reason="the CPU kernels were not built or this CPU lacks AVX2")
+@pytest.mark.parametrize("bias", [False, True])
+def test_what_is_rounded_for_integers_is_rounded_once(bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of linears of which one has floats; with an adapter, and in a program that runs again over other numbers."""
+    generator = torch.Generator().manual_seed(0)
+    scheme = Int8PerChannel("int-quantized")
+    made = [Linear(64, size, name=f"l{size}", bias=bias, scheme=scheme) for size in (24, 40)]
+    made.insert(1, Linear(64, 8, name="l8", bias=bias))
+    for linear in made:
+        for parameter in linear.parameters():
+            integers = torch.randint(-127, 128, parameter.shape, generator=generator, dtype=torch.int8)
+            parameter.data = (
+                integers if parameter.dtype == torch.int8 else torch.rand(parameter.shape, generator=generator)
+            )
+    adapter = Adapter(name="a", version=1, rank=2, alpha=2.0, modules={"l24": (torch.ones(2, 64), torch.ones(24, 2))})
+    together: list[int] = []
+    original = cpu.rounded_products
+
+    def counted(x: torch.Tensor, weights: list[cpu.PackedWeight]) -> list[torch.Tensor]:
+        together.append(len(weights))
+        return original(x, weights)
+
+    monkeypatch.setattr(cpu, "rounded_products", counted)
+    joint = JointLinears(*made)
+    x, other = torch.randn(2, 33, 64, generator=generator)
+    with torch.inference_mode(), cpu.int8_activations(True):
+        for ctx in (packed_context([33]), packed_context([30, 3], lora=LoRABatch([(adapter, 0, 30)], 33))):
+            for y, linear in zip(joint(x, ctx), made, strict=True):
+                assert torch.equal(y, linear(x, ctx))
+        with cpu.capture(cpu.Arena()) as program:
+            outputs = cpu.rounded_products(x, [p for p in (scheme.packed(made[0]), scheme.packed(made[2])) if p])
+        wanted = [scheme.apply(linear, other) for linear in (made[0], made[2])]
+        x.copy_(other)
+        program.replay()
+        assert all(torch.equal(y, expected) for y, expected in zip(outputs, wanted, strict=True))
+        joint(x[:4], packed_context([4]))  # a few rows have a kernel of their own
+    with torch.inference_mode():
+        joint(x, packed_context([33]))  # nothing is rounded
+    assert together == [2, 2, 2]
 
 
 @pytest.mark.parametrize(("save", "saved"), [(save_tiny_llama, 3), (save_tiny_hybrid, 3)])

@@ -11,6 +11,7 @@ import logging
 import math
 import os
 import threading
+from collections.abc import Sequence
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from typing import Any
@@ -194,6 +195,15 @@ def call(kind: int, args: ctypes.Structure, tensors: tuple[object, ...], *, last
     _check(library.whet_cpu_call(kind, ctypes.addressof(args)))  # type: ignore[union-attr]
     if _capture.program is not None:
         _capture.program.record(kind, args, tensors)
+
+
+def call_together(kind: int, args: Sequence[ctypes.Structure], tensors: tuple[object, ...]) -> None:
+    """The same of several operations of one kind, in one call, during which the interpreter's lock is free."""
+    ops = (Op * len(args))(*(Op(kind, ctypes.addressof(each)) for each in args))
+    _check(_unlocked.whet_cpu_run(ctypes.addressof(ops), len(ops)))  # type: ignore[union-attr]
+    if _capture.program is not None:
+        for each in args:
+            _capture.program.record(kind, each, tensors)
 
 
 class Arena:

@@ -27,7 +27,7 @@ constexpr int64_t kSpan = 32;
 constexpr int64_t kSpanNumbers = 512;
 
 // Rows of x that pass over a panel of W, enough that making it costs little, and numbers of each: together they stay near.
-constexpr int64_t kBlockRows = 252;
+constexpr int64_t kBlockRows = 288;
 constexpr int64_t kBlockSums = 4096;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }

@@ -81,8 +81,13 @@ void pack_outputs(const FloatProduct& op, int64_t n, int64_t columns, int64_t fi
   for (int64_t c = 0; c < ceil_to(columns, kPanel); c += 8) {
     for (int64_t row = n + c + 8; row < std::min(n + c + 16, op.end); ++row)
       fetch_part<kStorage>(*op.weight, op.inputs, row, first, count);
-    for (int j = 0; j < 8; ++j)
-      widen_part<kStorage, kZeros>(*op.weight, op.inputs, std::min(n + c + j, op.end - 1), first, count, wide[j]);
+    for (int j = 0; j < 8; ++j) {
+      const int64_t row = std::min(n + c + j, op.end - 1);
+      if constexpr (kStorage == Storage::kFloat32)
+        rows[j] = static_cast<const float*>(op.weight->data) + row * op.inputs + first;
+      else
+        widen_part<kStorage, kZeros>(*op.weight, op.inputs, row, first, count, wide[j]);
+    }
     float* const out = panels + c / kPanel * count * kPanel + c % kPanel;
     int64_t k = 0;
     for (; k + 8 <= count; k += 8) transpose_eight(rows, k, out + k * kPanel, kPanel);

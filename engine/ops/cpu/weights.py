@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import ctypes
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from engine.ops.cpu.library import KINDS, available, call, check_struct, empty, takes, takes_device
+from engine.ops.cpu.library import KINDS, available, call, call_together, check_struct, empty, takes, takes_device
 
 MAX_ROWS = 16
 """Rows of x up to which products by floats are taken here; with more, a weight is read less often than it is
@@ -256,6 +256,16 @@ class PackedWeight:
         struct = _Gather(self._pointer, ids.data_ptr(), out.data_ptr(), self.inputs, len(ids))
         call(_GATHER, struct, (self, ids, out))
         return out
+
+
+def rounded_products(x: Tensor, weights: Sequence[PackedWeight]) -> list[Tensor]:
+    """``PackedWeight.linear`` of each for one x [T, K], which is rounded once for all that round it alike."""
+    x = x.contiguous()
+    ys = [empty((len(x), weight.outputs)) for weight in weights]
+    pairs = zip(weights, ys, strict=True)
+    args = [_Linear(w.pointer, x.data_ptr(), y.data_ptr(), w.inputs, len(x), w.has_integers, 0) for w, y in pairs]
+    call_together(_LINEAR, args, (weights, x, ys))
+    return ys
 
 
 class _Scratch(threading.local):
