@@ -16,8 +16,24 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 
+class FrozenProduct(Protocol):
+    """A product by a weight that gets no gradient; its results are in memory of their own."""
+
+    def product(self, x: Tensor) -> Tensor:
+        """x [T, I] times W transposed, with or without a bias: [T, O]."""
+        ...
+
+    def input_gradient(self, grad: Tensor) -> Tensor:
+        """Of ``product`` for x: grad [T, O] times W, [T, I]."""
+        ...
+
+
 class LoRADelta(Protocol):
     """What a Linear asks of the adapters of a batch (engine.lora.adapter.LoRABatch)."""
+
+    def linear(self, name: str, x: Tensor, layer: FrozenProduct) -> Tensor:
+        """The product of x by module ``name``, which is ``layer``, plus its low-rank update; both [T, ·]."""
+        ...
 
     def add(self, name: str, x: Tensor, y: Tensor) -> Tensor:
         """y plus the low-rank update of module ``name`` for input x; both [T, ·]."""

@@ -46,11 +46,19 @@ class Linear(nn.Module):
 
     def forward(self, x: Tensor, ctx: ForwardContext) -> Tensor:
         """x [T, in_features]: [T, out_features]."""
+        if ctx.lora is not None and self.lora:
+            return ctx.lora.linear(self.name, x, self)
+        return self.product(x)
+
+    def product(self, x: Tensor) -> Tensor:
+        """``forward`` without updates."""
         if self.bias is None:
-            y = self.scheme.apply(self, x)
-        else:
-            y = self.scheme.apply_with_bias(self, x, self.bias)
-        return self.add_lora(x, y, ctx)
+            return self.scheme.apply(self, x)
+        return self.scheme.apply_with_bias(self, x, self.bias)
+
+    def input_gradient(self, grad: Tensor) -> Tensor:
+        """Of ``product`` for x: grad [T, out_features] times W, [T, in_features], in memory of its own."""
+        return self.scheme.input_gradient(self, grad)
 
     def finish(self, x: Tensor, product: Tensor, ctx: ForwardContext) -> Tensor:
         """What ``forward`` gives, from x W^T [T, out_features], which is used up."""

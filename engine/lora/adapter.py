@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from engine.context import FrozenProduct
 from engine.lora.segments import SegmentTable, takes_rows
-from engine.ops.low_rank import add_low_rank
+from engine.ops.low_rank import add_low_rank, low_rank_linear
 from engine.ops.moe import grouped_linear
 
 
@@ -92,8 +93,15 @@ class Adapter:
         x = self._dropped(x, generator)
         return F.linear(x, a.to(x.dtype)) * self.scaling(name), b.to(x.dtype)
 
+    def linear(self, name: str, x: Tensor, layer: FrozenProduct, generator: torch.Generator | None = None) -> Tensor:
+        """The layer's product for x [T, I] plus the update: [T, O]."""
+        if name not in self.modules:
+            return layer.product(x)
+        dropped = None if self.dropout == 0.0 else self._dropped(x, generator)
+        return low_rank_linear(layer, x, *self.modules[name], self.scaling(name), dropped)
+
     def add(self, name: str, x: Tensor, y: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """y [T, O] plus the update for x [T, I]; y is used up."""
+        """y [T, O] plus the update for x [T, I]."""
         if name not in self.modules:
             return y
         return add_low_rank(y, self._dropped(x, generator), *self.modules[name], self.scaling(name))
@@ -135,6 +143,12 @@ class LoRABatch:
         self._generator = generator
         self._table: SegmentTable | None = None
         self._whole = len(segments) == 1 and segments[0][1:] == (0, num_tokens)
+
+    def linear(self, name: str, x: Tensor, layer: FrozenProduct) -> Tensor:
+        """The layer's product for x [T, I] plus each segment's update: [T, O]."""
+        if self._whole:
+            return self._segments[0][0].linear(name, x, layer, self._generator)
+        return self.add(name, x, layer.product(x))
 
     def add(self, name: str, x: Tensor, y: Tensor) -> Tensor:
         """y [T, O] plus each segment's update for x [T, I]; y is used up."""

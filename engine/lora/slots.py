@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from engine.context import FrozenProduct
 from engine.lora.adapter import Adapter
 from engine.ops import cpu
 from engine.ops.backends import uses_triton_forward
@@ -120,6 +121,10 @@ class SlotLoRA:
         self._slots = slots
         self._rows = rows
         self._reach = reach
+
+    def linear(self, name: str, x: Tensor, layer: FrozenProduct) -> Tensor:
+        """The layer's product for x [T, I] plus each row's update: [T, O]."""
+        return self.add(name, x, layer.product(x))
 
     def add(self, name: str, x: Tensor, y: Tensor) -> Tensor:
         """y [T, O] plus each row's update for x [T, I]; y is used up."""

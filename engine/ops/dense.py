@@ -77,10 +77,14 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        (weight,) = ctx.saved_tensors
-        if not cpu.takes(grad, weight):
-            return grad @ weight, None
-        return cpu.PackedWeight(cpu.StoredWeight(weight), weight.shape[1]).product_transposed(grad), None
+        return input_gradient(grad, *ctx.saved_tensors), None
+
+
+def input_gradient(grad: Tensor, weight: Tensor) -> Tensor:
+    """Of ``linear`` for x: grad [..., O] times W, [..., I]."""
+    if grad.numel() <= MAX_ROWS * grad.shape[-1] or not weight.is_contiguous() or not cpu.takes(grad, weight):
+        return grad @ weight
+    return cpu.PackedWeight(cpu.StoredWeight(weight), weight.shape[1]).product_transposed(grad)
 
 
 def is_divided(x: Tensor, weight: Tensor) -> bool:

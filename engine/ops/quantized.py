@@ -62,9 +62,14 @@ class _QuantizedLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        if ctx.packed is not None and cpu.takes(grad):
-            return ctx.packed.product_transposed(grad), None, None, None
-        return _backward(grad, ctx.rows), None, None, None
+        return input_gradient(grad, ctx.rows, ctx.packed), None, None, None
+
+
+def input_gradient(grad: Tensor, rows: WeightRows, packed: cpu.PackedWeight | None = None) -> Tensor:
+    """Of ``quantized_linear`` for x: grad [..., O] times W, [..., I]."""
+    if packed is not None and cpu.takes(grad):
+        return packed.product_transposed(grad)
+    return _backward(grad, rows)
 
 
 def _forward(x: Tensor, rows: WeightRows, out_features: int, packed: cpu.PackedWeight | None) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine.ops import cpu
+from engine.ops import cpu, dense, quantized
 from engine.ops.dense import is_divided, linear
 from engine.ops.elementwise import add
 from engine.ops.quantized import WeightRows, quantized_linear
@@ -39,6 +39,10 @@ class LinearScheme(ABC):
     @abstractmethod
     def dequantize(self, module: nn.Module, dtype: torch.dtype = torch.float32) -> Tensor:
         """W [out_features, in_features]."""
+
+    def input_gradient(self, module: nn.Module, grad: Tensor) -> Tensor:
+        """Of ``apply`` for x: grad [..., out_features] times W, [..., in_features], in memory of its own."""
+        return quantized.input_gradient(grad, self.rows(module), self.packed(module))
 
     def apply_with_bias(self, module: nn.Module, x: Tensor, bias: Tensor) -> Tensor:
         """``apply``, plus bias [out_features]. Schemes whose product can take it in override this."""
@@ -81,6 +85,9 @@ class Unquantized(LinearScheme):
         if cpu.takes_rows(x) and (packed := self.packed(module)) is not None:
             return packed.linear(x)
         return linear(x, weight)
+
+    def input_gradient(self, module: nn.Module, grad: Tensor) -> Tensor:
+        return dense.input_gradient(grad, module.get_parameter("weight"))
 
     def apply_with_bias(self, module: nn.Module, x: Tensor, bias: Tensor) -> Tensor:
         weight = module.get_parameter("weight")

@@ -19,7 +19,7 @@ from engine.ops.causal_attention import causal_attention
 from engine.ops.causal_conv import causal_conv, causal_conv_sequences
 from engine.ops.delta_rule_gradient import gated_delta_sequences
 from engine.ops.dense import MAX_ROWS, linear
-from engine.ops.low_rank import add_low_rank
+from engine.ops.low_rank import low_rank_linear
 from engine.ops.root_norm import root_norm
 from engine.training.loss import chunked_cross_entropy
 from engine.verification.gradients import Function
@@ -222,8 +222,19 @@ def linear_cases(config: ModelConfig) -> list[FunctionCase]:
     return [FunctionCase("many rows", function, {"x": _random(MAX_ROWS + 1, config.hidden_size, seed=24)})]
 
 
+@dataclass(frozen=True, slots=True)
+class _Frozen:
+    weight: Tensor
+
+    def product(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight)
+
+    def input_gradient(self, grad: Tensor) -> Tensor:
+        return grad @ self.weight
+
+
 def low_rank_cases(config: ModelConfig) -> list[FunctionCase]:
-    """Everything differentiated, as in most layers; and A and B alone, as in the first."""
+    """Everything differentiated, as in most layers, with dropout as well; and A and B alone, as in the first."""
     width, num_rows, rank, out_features = config.hidden_size, 5, 3, 7
     x = _random(num_rows, width, seed=11)
     a, b = _random(rank, width, seed=12) / width**0.5, _random(out_features, rank, seed=13)
@@ -231,10 +242,11 @@ def low_rank_cases(config: ModelConfig) -> list[FunctionCase]:
 
     def function(inputs: Mapping[str, Tensor]) -> Tensor:
         given = inputs.get("x", x)
-        return add_low_rank(F.linear(given, weight), given, inputs["a"], inputs["b"], 1.5)
+        return low_rank_linear(_Frozen(weight), given, inputs["a"], inputs["b"], 1.5, inputs.get("dropped"))
 
     return [
         FunctionCase("input, A and B", function, {"x": x, "a": a, "b": b}),
+        FunctionCase("dropout", function, {"x": x, "dropped": _random(num_rows, width, seed=15), "a": a, "b": b}),
         FunctionCase("A and B", function, {"a": a, "b": b}),
     ]
 
@@ -276,7 +288,7 @@ FUNCTIONS: dict[str, Cases] = {
     "engine.ops.dense._Linear": linear_cases,
     "engine.ops.fused_gradients._GatedActivation": gated_activation_cases,
     "engine.ops.fused_gradients._RMSNorm": fused_norm_cases,
-    "engine.ops.low_rank._AddLowRank": low_rank_cases,
+    "engine.ops.low_rank._LowRankLinear": low_rank_cases,
     "engine.ops.quantized._QuantizedLinear": quantized_linear_cases,
     "engine.ops.root_norm._RootNorm": root_norm_cases,
     "engine.training.loss._ChunkedCrossEntropy": cross_entropy_cases,

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from engine.config import EngineConfig
+from engine.context import FrozenProduct
 from engine.core.chunked import serving_logits
 from engine.core.loaded import LoadedModel
 from engine.engine import Engine
@@ -455,13 +456,13 @@ def test_a_forward_that_differs_is_refused(
 ) -> None:
     """If training applied adapters otherwise than serving does, nothing would be trained: though B begins at zero, the
     proof runs with a B that is not."""
-    right = LoRABatch.add
+    right = LoRABatch.linear
 
-    def wrong(self: LoRABatch, name: str, x: Tensor, y: Tensor) -> Tensor:
-        result = right(self, name, x, y)
-        return result if torch.is_grad_enabled() else result * 1.01 - 0.01 * y
+    def wrong(self: LoRABatch, name: str, x: Tensor, layer: FrozenProduct) -> Tensor:
+        result = right(self, name, x, layer)
+        return result if torch.is_grad_enabled() else result * 1.01 - 0.01 * layer.product(x)
 
-    monkeypatch.setattr(LoRABatch, "add", wrong)
+    monkeypatch.setattr(LoRABatch, "linear", wrong)
     events: list[Any] = []
     with pytest.raises(TrainingError, match="differ by") as caught:
         _collect(make_spec(tmp_path, TRAIN, forward_tolerance=1e-4), loaded, events)

@@ -67,8 +67,8 @@ FAST_PATHS: dict[str, tuple[str, str]] = {
         "engine.ops.elementwise.gated_activation_reference",
         f"{CPU_GRADIENTS}::test_gated_activation",
     ),
-    "cpu low_rank": ("engine.ops.low_rank.add_low_rank_reference", LOW_RANK),
-    "cpu low_rank_gradient": ("engine.ops.low_rank.add_low_rank_reference", LOW_RANK),
+    "cpu low_rank": ("engine.ops.low_rank.add_low_rank", LOW_RANK),
+    "cpu low_rank_gradient": ("engine.ops.low_rank.add_low_rank", LOW_RANK),
     # Whole steps of them.
     "captured decode steps": (
         "engine.core.runner.Runner",

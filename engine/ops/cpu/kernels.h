@@ -368,12 +368,12 @@ struct LowRankGradient {
   const float* b;
   const float* low;
   const float* gradient;  // [T, O], of y
-  float* d_x;             // [T, I], or null
+  float* d_x;             // [T, I], which is added to; or null
   float* d_a;
   float* d_b;
   int64_t tokens, inputs, outputs, rank;
   float scaling;
-  int32_t adds;  // to what d_x has
+  float reserved;
 };
 
 // (x + added + residual), normalised to mean 0 and variance 1 over each row, times weight, plus bias.

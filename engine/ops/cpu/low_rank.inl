@@ -107,6 +107,6 @@ void update_gradient(const LowRankGradient& op, const float* b, int64_t begin, i
   dot_rows(gradient, rows, op.outputs, b, op.rank, op.scaling, d_low);
   add_products({op.low + begin * op.rank, 1, op.rank}, op.rank, gradient, op.outputs, rows, adds, d_b);
   if (op.d_x != nullptr)
-    add_products({d_low, op.rank, 1}, rows, op.a, op.inputs, op.rank, op.adds != 0, op.d_x + begin * op.inputs);
+    add_products({d_low, op.rank, 1}, rows, op.a, op.inputs, op.rank, true, op.d_x + begin * op.inputs);
   add_products({d_low, 1, op.rank}, op.rank, x, op.inputs, rows, adds, d_a);
 }

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from engine.ops.cpu.calls import _FLOAT, _INT32, _INTEGER, _POINTER, _fields, _struct
+from engine.ops.cpu.calls import _FLOAT, _INTEGER, _POINTER, _fields, _struct
 from engine.ops.cpu.library import call, empty
 
 _LOW_RANK, _LowRank = _struct(
@@ -21,8 +21,7 @@ _LOW_RANK_GRADIENT, _LowRankGradient = _struct(
     "low_rank_gradient",
     **_fields(_POINTER, "x a b low gradient d_x d_a d_b"),
     **_fields(_INTEGER, "tokens inputs outputs rank"),
-    scaling=_FLOAT,
-    adds=_INT32,
+    **_fields(_FLOAT, "scaling reserved"),
 )
 
 _LORA_ROWS, _LoraRows = _struct(
@@ -73,22 +72,22 @@ def low_rank(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tens
 
 
 def low_rank_gradient(
-    gradient: Tensor, x: Tensor, low: Tensor, a: Tensor, b: Tensor, scaling: float, *, wants_x: bool
-) -> tuple[Tensor | None, Tensor, Tensor]:
-    """The gradients of ``low_rank`` for x, A and B, from that of y, which is that of y before the update as well. The
-    sums over the tokens do not depend on the number of threads.
+    gradient: Tensor, x: Tensor, low: Tensor, a: Tensor, b: Tensor, scaling: float, d_x: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The gradients of ``low_rank`` for A and B, from that of y, which is that of y before the update as well. The sums
+    over the tokens do not depend on the number of threads.
 
     Args:
         gradient: [T, O].
         low: [T, r], from ``low_rank``.
-        wants_x: else that of x is None.
+        d_x: [T, I], contiguous, to which that of x is added.
     """
+    assert d_x is None or d_x.is_contiguous()
     x, a, b = x.contiguous(), a.contiguous(), b.contiguous()
     low, gradient = low.contiguous(), gradient.contiguous()
-    d_x, d_a, d_b = empty(x.shape) if wants_x else None, empty(a.shape), empty(b.shape)
+    d_a, d_b = empty(a.shape), empty(b.shape)
     tensors = (x, a, b, low, gradient, d_x, d_a, d_b)
-    args = _LowRankGradient(
-        *(None if t is None else t.data_ptr() for t in tensors), len(x), x.shape[1], len(b), len(a), scaling, 0
-    )
+    addresses = (None if t is None else t.data_ptr() for t in tensors)
+    args = _LowRankGradient(*addresses, len(x), x.shape[1], len(b), len(a), scaling, 0.0)
     call(_LOW_RANK_GRADIENT, args, tensors)
-    return d_x, d_a, d_b
+    return d_a, d_b
