@@ -1,7 +1,8 @@
 """The sampler for CPUs: one pass of a kernel in place of some of torch's operations over the vocabulary.
 
 The kernel (engine/ops/cpu/choose.cpp) gives the tokens of engine.sampling.sampler, which decides what it leaves, as it
-does for devices; and all where there are no kernels.
+does for devices; and all where there are no kernels. Processors that change which token is the likeliest, of single
+logits, run before it, and log-probabilities after it, as there.
 
 Proof: tests/unit/test_cpu_choose.py.
 """
@@ -13,22 +14,48 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from engine.errors import ShapeError
 from engine.ops import cpu
-from engine.sampling.base import SamplingSequence
+from engine.sampling.base import SamplingSequence, processors
+from engine.sampling.logprobs import token_logprobs
 from engine.sampling.on_device import DeviceSampler, parameters
-from engine.sampling.sampler import SampledTokens
+from engine.sampling.sampler import SampledTokens, applies, process_rows
 
 
 class CpuSampler(DeviceSampler):
     """Takes the place of Sampler, and hands it what it cannot do."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        every = (processors.get(name) for name in processors.names())
+        self._changing = sorted((p for p in every if not p.keeps_argmax), key=lambda p: p.order)
+
     @torch.inference_mode()
     def sample(self, logits: Tensor, sequences: Sequence[SamplingSequence]) -> SampledTokens:
         """See Sampler.sample."""
+        if logits.dim() != 2 or logits.shape[0] != len(sequences):
+            raise ShapeError(f"logits are {list(logits.shape)} for {len(sequences)} sequences; accepted: [N, V]")
         if not cpu.takes(logits):
             return self._reference.sample(logits, sequences)
-        return super().sample(logits, sequences)
-
-    def _choose(self, logits: Tensor, sequences: Sequence[SamplingSequence]) -> list[int]:
+        steps = [
+            (processor, rows)
+            for processor in self._changing
+            if (rows := [row for row, s in enumerate(sequences) if applies(processor, s)])
+        ]
+        raw = logits
+        if steps:
+            raw = logits.clone()
+            for processor, rows in steps:
+                logits = process_rows(processor, logits, rows, sequences)
         params, _ = parameters(sequences, logits.device)
-        return cpu.choose(logits, params).tolist()
+        tokens: list[int] = cpu.choose(logits, params).tolist()
+        if steps:  # a processor may hide that the model's own logits are not finite
+            tokens = [-1 if own < 0 else token for own, token in zip(cpu.choose(raw).tolist(), tokens, strict=True)]
+        sampled = self.settle(tokens, sequences, lambda rows: raw[rows])
+        if asking := [row for row, s in enumerate(sequences) if s.sampling.logprobs is not None]:
+            num_top = [sequences[row].sampling.logprobs or 0 for row in asking]
+            of_asking = raw if len(asking) == len(sequences) else raw[asking]
+            entries = token_logprobs(of_asking, [sampled.token_ids[row] for row in asking], num_top)
+            for row, entry in zip(asking, entries, strict=True):
+                sampled.logprobs[row] = entry
+        return sampled

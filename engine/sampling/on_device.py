@@ -42,12 +42,8 @@ class DeviceSampler:
             raise ShapeError(f"logits are {list(logits.shape)} for {len(sequences)} sequences; accepted: [N, V]")
         if not self.takes(sequences):
             return self._reference.sample(logits, sequences)
-        return self.settle(self._choose(logits, sequences), sequences, lambda rows: logits[rows])
-
-    def _choose(self, logits: Tensor, sequences: Sequence[SamplingSequence]) -> list[int]:
-        """A token for each row, or -1 where the plain sampler is to tell."""
-        chosen: list[int] = choose(logits, *parameters(sequences, logits.device)).tolist()
-        return chosen
+        tokens = choose(logits, *parameters(sequences, logits.device))
+        return self.settle(tokens.tolist(), sequences, lambda rows: logits[rows])
 
     def settle(
         self, token_ids: list[int], sequences: Sequence[SamplingSequence], logits: Callable[[list[int]], Tensor]

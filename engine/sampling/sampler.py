@@ -68,7 +68,7 @@ class Sampler:
         steps = [
             (processor, rows)
             for processor in self._processors
-            if (rows := [r for r, s in enumerate(sequences) if _applies(processor, s)])
+            if (rows := [r for r, s in enumerate(sequences) if applies(processor, s)])
         ]
         raw = logits[asking] if asking else None  # a copy, before processors change it
         best, tokens = likeliest(logits)
@@ -76,7 +76,7 @@ class Sampler:
         usable = model_ok
         if steps:
             for processor, rows in steps:
-                logits = _process(processor, logits, rows, sequences)
+                logits = process_rows(processor, logits, rows, sequences)
             best, tokens = likeliest(logits)
             usable = torch.isfinite(best)
         if random:
@@ -120,14 +120,16 @@ def _is_array(logits: Tensor) -> bool:
     return logits.is_cpu and logits.dtype is torch.float32
 
 
-def _applies(processor: LogitsProcessor, sequence: SamplingSequence) -> bool:
+def applies(processor: LogitsProcessor, sequence: SamplingSequence) -> bool:
+    """Whether a sequence needs a processor."""
     params = sequence.sampling
     return processor.applies(params) and not (processor.keeps_argmax and is_greedy(params))
 
 
-def _process(
+def process_rows(
     processor: LogitsProcessor, logits: Tensor, rows: list[int], sequences: Sequence[SamplingSequence]
 ) -> Tensor:
+    """Logits [N, V] of the sequences, of which a processor has changed some rows; those given may be overwritten."""
     chosen = [sequences[row] for row in rows]
     if len(rows) == len(sequences):
         return processor.process(logits, chosen)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from engine.core.sequence import Sequence
+from engine.errors import ShapeError
 from engine.ops import cpu
 from engine.sampling.on_cpu import CpuSampler
 from engine.sampling.on_device import parameters
@@ -147,16 +148,59 @@ def test_rows_that_are_not_finite_are_left_alone(level: None) -> None:
     assert {row: error.reason for row, error in sampled.errors.items()} == dict.fromkeys(rows, "NON_FINITE_LOGITS")
 
 
-def test_what_the_kernel_cannot_do_goes_to_the_plain_sampler() -> None:
+class Counting(Sampler):
+    """Counts the rows that it is asked for."""
+
+    rows = 0
+
+    def sample(self, logits: Tensor, sequences: Any) -> Any:
+        self.rows += len(sequences)
+        return super().sample(logits, sequences)
+
+
+def test_penalties_biases_and_log_probabilities() -> None:
+    """Around the kernel as around the plain sampler, which is asked for few rows."""
     torch.manual_seed(0)
-    logits = 3.0 * torch.randn(5, 900)
     asked: list[dict[str, Any]] = [
-        {"repetition_penalty": 1.3}, {"logit_bias": {5: 50.0}}, {"min_tokens": 3}, {"logprobs": 2}, {}
-    ]  # fmt: skip
-    for params in asked:
-        sequences = [make(seed=row, **(params if row in (1, 4) else {"top_p": 0.9}))[0] for row in range(5)]
-        wanted = Sampler().sample(logits.clone(), sequences)
-        found = CpuSampler().sample(logits.clone(), sequences)
-        assert (found.token_ids, found.logprobs, found.errors) == (wanted.token_ids, wanted.logprobs, wanted.errors)
-    half = logits.to(torch.float64)  # not of the kernels
-    assert CpuSampler().sample(half.clone(), sequences).token_ids == Sampler().sample(half, sequences).token_ids
+        {"repetition_penalty": 1.3, "top_p": 0.9},
+        {"logit_bias": {5: 4.0, 7: -90.0}, "temperature": 0.7},
+        {"min_tokens": 3, "stop_token_ids": [5, 6, 7], "top_k": 9},
+        {"logprobs": 2},
+        {"temperature": 0.0, "frequency_penalty": 1.5, "logprobs": 0},
+        {},
+    ]
+    sampler, plain = CpuSampler(), Counting()
+    sampler._reference = plain
+    for seed in range(12):
+        logits = 3.0 * torch.randn(len(asked), 900)
+        for chosen in (asked, asked[:1] * 6, asked[3:4] * 6, asked[5:] * 6):
+            sequences = [make(output=(5, 9, 5), seed=seed, **params)[0] for params in chosen]
+            wanted = Sampler().sample(logits.clone(), sequences)
+            found = sampler.sample(logits.clone(), sequences)
+            assert (found.token_ids, found.logprobs, found.errors) == (wanted.token_ids, wanted.logprobs, wanted.errors)
+    assert plain.rows < 0.05 * 12 * 4 * len(asked)
+
+
+def test_rows_that_have_no_token() -> None:
+    """What is wrong with a row is what the plain sampler says, also where a bias hides it."""
+    torch.manual_seed(0)
+    logits = torch.randn(4, 70)
+    logits[1, 5], logits[2, 8] = torch.inf, torch.nan
+    asked: list[dict[str, Any]] = [
+        {"logit_bias": {5: 2.0}, "logprobs": 1},
+        {"logit_bias": {5: 2.0}, "logprobs": 1},
+        {"repetition_penalty": 2.0},
+        {"min_tokens": 1, "stop_token_ids": list(range(70))},
+    ]
+    sequences = [make(seed=1, **params)[0] for params in asked]
+    wanted = Sampler().sample(logits.clone(), sequences).errors
+    found = CpuSampler().sample(logits, sequences).errors
+    assert {row: str(error) for row, error in found.items()} == {row: str(error) for row, error in wanted.items()}
+    assert [found[row].reason for row in (1, 2, 3)] == ["NON_FINITE_LOGITS", "NON_FINITE_LOGITS", "NO_TOKEN_LEFT"]
+
+
+def test_other_types_and_shapes() -> None:
+    wide, sequences = torch.randn(2, 64, dtype=torch.float64), [make(seed=seed)[0] for seed in range(2)]
+    assert CpuSampler().sample(wide.clone(), sequences).token_ids == Sampler().sample(wide, sequences).token_ids
+    with pytest.raises(ShapeError, match=r"\[2, 64\] for 1 sequences"):
+        CpuSampler().sample(wide, sequences[:1])
