@@ -169,7 +169,7 @@ class ServerConfig(BaseSettings):
         le=10_000,
         description="Tokens of decode steps that follow each other within so many milliseconds go out in one message, "
         "as a message takes the time of a token of a small model; 0: each step's at once. First tokens and ends never "
-        "wait, nor does anything while a prompt is computed or a job runs.",
+        "wait, nor does anything while a prompt is computed, a request waits for its turn or a job runs.",
     )
     state_checkpoint_interval: int = Field(
         default=64,

@@ -105,7 +105,7 @@ class DecodeGraphs:
 
         Args:
             params: what engine.ops.cpu.choose needs of the sequences, row after row; of all steps of them or of none.
-                None: all rows are greedy.
+                Empty: all rows are greedy, as ``logits`` left them.
 
         Returns: per sequence, the token that is chosen, or -1 where that is left to the sampler; the logits.
         """

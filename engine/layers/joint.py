@@ -52,7 +52,7 @@ class JointLinears:
 
     def __call__(self, x: Tensor, ctx: ForwardContext) -> list[Tensor]:
         """x [T, I]: the linears' outputs, each [T, O]; rows of one tensor where they are joined."""
-        # Training takes products one by one: it writes updates into them, which a view forbids.
+        # Training takes products one by one: each is one function with its update, and keeps nothing of the others.
         # And a few rows on a CPU have a kernel that reads each weight once.
         if torch.is_grad_enabled() or cpu.takes_rows(x):
             return [linear(x, ctx) for linear in self._linears]

@@ -19,7 +19,8 @@ SMALL = 1 << 18
 
 
 class threads_for:
-    """Within the block, torch's operations of this thread take one thread if theirs are small; nests.
+    """Within the block, torch's operations take one thread if they are small; nests. For one thread of a process, whose
+    others run no operations of torch: those that begin within the block would keep its number.
 
     Args:
         num_elements: of what they work on, one operation at a time.

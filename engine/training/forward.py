@@ -20,6 +20,7 @@ from engine.errors import FailedPreconditionError, InvalidArgumentError
 from engine.jobs import Pause
 from engine.layers.linear import Linear
 from engine.lora.adapter import Adapter
+from engine.ops import cpu
 from engine.ops.cpu import int8_activations
 from engine.training.batching import MicroBatch
 from engine.training.loss import chunked_cross_entropy
@@ -106,7 +107,8 @@ class TrainingForward:
         """The forward of ``hidden`` in pieces, and its backward."""
         run_layer = RecomputedLayers(generator) if self._recomputes else None
         ctx = batch.context(adapter, generator, run_layer)
-        return Segments(self._model, batch.token_ids, ctx, self._numerics, self._is_serving)
+        has_kernels = self._device.type == "cpu" and self.dtype == torch.float32 and cpu.available()
+        return Segments(self._model, batch.token_ids, ctx, self._numerics, self._is_serving, has_kernels=has_kernels)
 
     def nll_slices(self, hidden: Tensor, batch: MicroBatch, *, gradient: bool) -> Generator[Pause, None, Loss]:
         """The loss of ``nll_sum`` in pieces, and its gradient for the hidden states [N, D] that predict."""

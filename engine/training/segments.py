@@ -11,7 +11,7 @@ freed once its backward is done.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -33,6 +33,7 @@ class Segments:
     Args:
         numerics: entered around the forward of each segment.
         is_serving: whether layers are to be cut further.
+        has_kernels: the products are the CPU kernels', so that torch's operations are no larger than hidden states.
     """
 
     def __init__(
@@ -42,12 +43,15 @@ class Segments:
         ctx: ForwardContext,
         numerics: Callable[[], AbstractContextManager[object]],
         is_serving: Callable[[], bool],
+        *,
+        has_kernels: bool,
     ) -> None:
         self._model = model
         self._token_ids = token_ids
         self._ctx = ctx
         self._numerics = numerics
         self._is_serving = is_serving
+        self._has_kernels = has_kernels
         self._graphs: list[tuple[State, State, str]] = []
 
     def forward(self, rows: Tensor | None = None, *, gradients: bool = True) -> Generator[Pause, None, Tensor]:
@@ -80,7 +84,7 @@ class Segments:
     def _segment(self, state: State, run: Stage, gradients: bool, name: str) -> State:
         # Below the first adapted layer nothing needs a gradient, and no backward goes there.
         leaves = tuple(x.detach().requires_grad_(x.requires_grad) for x in state)
-        with torch.set_grad_enabled(gradients), self._numerics(), threads_for(_elements(leaves)):
+        with torch.set_grad_enabled(gradients), self._numerics(), self._threads(leaves):
             outputs = run(leaves)
         if any(y.requires_grad for y in outputs):
             self._graphs.append((leaves, outputs, name))
@@ -105,11 +109,10 @@ class Segments:
                 else:
                     roots.append(y)
                     seeds.append(seed)
-            with threads_for(_elements(leaves)):
+            with self._threads(leaves):
                 torch.autograd.backward(roots, seeds)
             gradients = [leaf.grad for leaf in leaves]
 
-
-def _elements(state: State) -> int:
-    """Of the largest tensor, which tells how large those of a layer's operations are."""
-    return max((x.numel() for x in state), default=0)
+    def _threads(self, state: State) -> AbstractContextManager[object]:
+        """For torch's operations on tensors of the sizes of these."""
+        return threads_for(max((x.numel() for x in state), default=0)) if self._has_kernels else nullcontext()

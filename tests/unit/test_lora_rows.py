@@ -30,7 +30,15 @@ def adapters(inputs: int, outputs: int) -> list[Adapter]:
 @pytest.mark.parametrize(("inputs", "outputs"), [(5, 3), (64, 24), (577, 193)])
 def test_the_updates_of_the_plain_operations(level: None, inputs: int, outputs: int) -> None:
     given = adapters(inputs, outputs)
-    for rows in ([1], [-1, -1], [0, 1, 2, -1, 3, 1], [2] * 9 + [0] * 3 + [-1] + [2]):
+    for rows in (
+        [1],
+        [-1, -1],
+        [0, 1, 2, -1, 3, 1],
+        [2] * 9 + [0] * 3 + [-1] + [2],
+        [0, -1, 0],
+        [0, 3, 0],
+        [1, 1, -1, 1],
+    ):
         slots = AdapterSlots(["first", "m"], torch.device("cpu"), torch.float32)
         assigned = slots.assign([None if row < 0 else given[row] for row in rows])
         assert assigned is not None

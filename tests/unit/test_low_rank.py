@@ -133,15 +133,30 @@ def test_neither_threads_nor_other_rows_change_a_bit() -> None:
     layer, (x, a, b) = made(700, 96, 160, 8)
     y, gradient = layer.product(x), torch.randn(700, 160)
     found = []
-    for threads in (1, 3):
-        cpu.set_num_threads(threads)
-        out, d_x = y.clone(), torch.ones_like(x)
-        low = cpu.low_rank(out, x, a, b, 0.5)
-        found.append([out, low, d_x, *cpu.low_rank_gradient(gradient, x, low, a, b, 0.5, d_x)])
-    cpu.set_num_threads(1)
+    try:
+        for threads in (1, 3):
+            cpu.set_num_threads(threads)
+            out, d_x = y.clone(), torch.ones_like(x)
+            low = cpu.low_rank(out, x, a, b, 0.5)
+            found.append([out, low, d_x, *cpu.low_rank_gradient(gradient, x, low, a, b, 0.5, d_x)])
+    finally:
+        cpu.set_num_threads(1)
     for alone, shared in zip(*found, strict=True):
         assert torch.equal(alone, shared)
     for row in (0, 101, 699):
         out = y[row : row + 1].clone()
         cpu.low_rank(out, x[row : row + 1], a, b, 0.5)
         assert torch.equal(out[0], found[0][0][row])
+
+
+@pytest.mark.parametrize(("tokens", "inputs", "outputs", "rank"), [(4500, 3, 5, 2), (300, 1500, 70_000, 300)])
+def test_sums_over_many_tokens_and_of_large_factors(tokens: int, inputs: int, outputs: int, rank: int) -> None:
+    """Where tokens are cut into the most parts, and where parts would take too much memory."""
+    generator = torch.Generator().manual_seed(0)
+    x, gradient = torch.randn(tokens, inputs, generator=generator), torch.randn(tokens, outputs, generator=generator)
+    low, d_x = torch.randn(tokens, rank, generator=generator), torch.zeros(tokens, inputs)
+    a, b = torch.randn(rank, inputs, generator=generator), torch.randn(outputs, rank, generator=generator)
+    d_a, d_b = cpu.low_rank_gradient(gradient, x, low, a, b, 0.5, d_x)
+    d_low = 0.5 * gradient @ b
+    for found, wanted in ((d_x, d_low @ a), (d_a, d_low.mT @ x), (d_b, gradient.mT @ low)):
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=2e-5 * float(wanted.abs().max()))

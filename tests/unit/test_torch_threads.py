@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from engine.ops import cpu
 from engine.ops.torch_threads import SMALL, threads_for
 from engine.training import optimizer, segments
 from engine.training.trainer import train
@@ -43,6 +44,7 @@ def test_an_error_gives_the_threads_back() -> None:
     assert torch.get_num_threads() == 3
 
 
+@pytest.mark.skipif(not cpu.available(), reason="the CPU kernels were not built or this CPU lacks AVX2")
 @pytest.mark.parametrize("is_small", [True, False])
 def test_a_training_step_of_few_tokens_has_one_thread(
     is_small: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

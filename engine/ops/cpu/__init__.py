@@ -1,8 +1,9 @@
 """Our kernels for CPUs: a shared library that is built when the package is installed (setup.py).
 
 What it offers is in kernels.h. ``library`` opens it, runs operations and captures programs of them; ``weights`` has the
-products, ``gemm`` says where they may round activations, ``calls``, ``encoder``, ``likelihood`` and
-``recurrent_gradients`` have the rest; ``results`` has the memory of results while a training run lasts.
+products, ``gemm`` says where they may round activations, ``calls``, ``encoder``, ``likelihood``,
+``low_rank`` and ``recurrent_gradients`` have the rest; ``results`` has the memory of results while a training run
+lasts.
 Nothing here decides but whether it can: callers keep the torch form, which is the reference
 (tests/unit/test_cpu_kernels.py, test_cpu_gemm.py, test_cpu_ops.py, test_cpu_choose.py).
 """

@@ -176,11 +176,13 @@ class Row {
 
   // A token stays if those likelier than it have less than top_p. Of equal ones, torch puts any first.
   Edge edge_of_top_p(double total) {
+    if (count_ == 0) return {};
     const double wanted = top_p_ * total, doubt = doubt_of_mass(total);
     const float top = scores_.top(), least = *std::min_element(found_.begin(), found_.begin() + count_);
     const float per_bin = top > least ? (kBins - 1) / (top - least) : 0.0f;
     const auto bin_of = [&](float score) {
-      return std::clamp<int64_t>(static_cast<int64_t>((top - score) * per_bin), 0, kBins - 1);
+      const float bin = (top - score) * per_bin;  // NaN where top and least are the next numbers but one
+      return bin < kBins - 1 ? static_cast<int64_t>(std::max(bin, 0.0f)) : kBins - 1;
     };
     double masses[kBins] = {};
     for (int64_t i = 0; i < count_; ++i) masses[bin_of(found_[i])] += weights_[i];

@@ -18,6 +18,8 @@ constexpr int64_t kLeastTokens = 96;
 // Numbers between the rows of the feed-forward block: of powers of two, a column of them would share a few places of the
 // caches.
 constexpr int64_t kApart = 16;
+// Numbers that a thread keeps for the next call, 32 MiB: those of kTokens tokens of all but the largest encoders.
+constexpr size_t kKeptNumbers = 1 << 23;
 
 enum Matrix { kQuery, kKey, kValue, kOutput, kUp, kDown };  // of a layer
 
@@ -94,8 +96,11 @@ void run_sequences(const EncoderLayers& op, int64_t begin, int64_t end, const Ke
   const int64_t first = op.seq_starts[begin], rows = op.seq_starts[end] - first, width = op.width, size = rows * width;
   const Part part{op, kernels, rows};
   const int64_t stride = part.is_short() ? op.inner : op.inner + kApart;
-  thread_local std::vector<float> memory;
-  if (const size_t needed = 4 * size + rows * stride; memory.size() < needed) memory.resize(needed);
+  thread_local std::vector<float> kept;
+  std::vector<float> once;
+  const size_t needed = 4 * size + rows * stride;
+  auto& memory = needed > kKeptNumbers ? once : kept;
+  if (memory.size() < needed) memory.resize(needed);
   float* const x = op.x + first * width;
   float *const q = memory.data(), *const k = q + size, *const v = k + size, *const attended = v + size;
   float* const y = q;  // which attention is done with

@@ -7,9 +7,13 @@
 namespace whet {
 namespace {
 
-// Tokens whose gradients of A and B are summed by themselves; the sums are then added in order, so that the result does
-// not depend on the threads. Fewer tokens would have more sums to add.
+// Least tokens whose gradients of A and B are summed by themselves; the sums are then added in order, so that the result
+// does not depend on the threads. Fewer tokens would have more sums to add.
 constexpr int64_t kPartTokens = 128;
+// Most such parts, and most numbers of their sums together, 64 MiB.
+constexpr int64_t kMostParts = 32, kMostSums = 1 << 24;
+// Numbers that a thread keeps for the next call.
+constexpr size_t kKeptNumbers = 1 << 22;
 // Numbers of a block of tokens, which several products pass over, and so stay near.
 constexpr int64_t kBlockNumbers = 1 << 15;
 // Numbers of the sums that one piece adds.
@@ -46,17 +50,24 @@ void run(const LowRank& op, const Kernels& kernels) {
 
 void run(const LoraRows& op, const Kernels& kernels) {
   constexpr int64_t kRows = 4;  // neighbours of one adapter that are taken together
-  thread_local std::vector<int64_t> starts;
-  starts.clear();
+  struct Run {
+    int64_t begin, end;
+  };
+  thread_local std::vector<Run> memory_of_runs;
+  auto& found = memory_of_runs;
+  found.clear();
   for (int64_t row = 0; row < op.tokens; ++row) {
-    const bool joins = !starts.empty() && op.slots[row] == op.slots[starts.back()] && row - starts.back() < kRows;
-    if (op.slots[row] >= 0 && op.addresses[op.slots[row] * op.address_stride] != 0 && !joins) starts.push_back(row);
+    const int64_t slot = op.slots[row];
+    if (slot < 0 || op.addresses[slot * op.address_stride] == 0) continue;
+    if (!found.empty() && found.back().end == row && row - found.back().begin < kRows && op.slots[row - 1] == slot)
+      ++found.back().end;
+    else
+      found.push_back({row, row + 1});
   }
-  const int64_t* const first = starts.data();
-  in_parallel(static_cast<int64_t>(starts.size()), [&](int64_t index) {
-    const int64_t row = first[index], slot = op.slots[row], rank = op.ranks[slot * op.rank_stride];
-    int64_t end = row + 1;
-    while (end < std::min(row + kRows, op.tokens) && op.slots[end] == slot) ++end;
+  const Run* const runs = found.data();
+  in_parallel(static_cast<int64_t>(found.size()), [&](int64_t index) {
+    const auto [row, end] = runs[index];
+    const int64_t slot = op.slots[row], rank = op.ranks[slot * op.rank_stride];
     const int64_t* const factors = op.addresses + slot * op.address_stride;
     thread_local std::vector<float> memory;
     memory.resize((end - row) * (rank + op.outputs));
@@ -77,14 +88,20 @@ void run(const LoraRows& op, const Kernels& kernels) {
 
 void run(const LowRankGradient& op, const Kernels& kernels) {
   const float* const b = transposed(op.b, op.outputs, op.rank);
-  const int64_t parts = ceil_div(op.tokens, kPartTokens), step = block_tokens(std::max(op.inputs, op.outputs));
-  const int64_t of_a = op.rank * op.inputs, of_b = op.rank * op.outputs, size = of_a + of_b + kPartTokens * op.rank;
-  thread_local std::vector<float> memory;
-  memory.resize(parts * size);
+  const int64_t step = block_tokens(std::max(op.inputs, op.outputs));
+  const int64_t of_a = op.rank * op.inputs, of_b = op.rank * op.outputs;
+  const int64_t most = std::clamp<int64_t>(kMostSums / (of_a + of_b), 1, kMostParts);
+  const int64_t part_tokens = std::max(kPartTokens, ceil_div(op.tokens, most)), parts = ceil_div(op.tokens, part_tokens);
+  const int64_t size = of_a + of_b + part_tokens * op.rank;
+  thread_local std::vector<float> kept;
+  std::vector<float> once;
+  const size_t needed = parts * size;
+  auto& memory = needed > kKeptNumbers ? once : kept;
+  memory.resize(needed);
   float* const sums = memory.data();  // of each part: those of A, those of B [r, O], and its d_low
   in_parallel(parts, [&](int64_t part) {
     float *const d_a = sums + part * size, *const d_b = d_a + of_a, *const d_low = d_b + of_b;
-    const int64_t first = part * kPartTokens, last = std::min(op.tokens, first + kPartTokens);
+    const int64_t first = part * part_tokens, last = std::min(op.tokens, first + part_tokens);
     for (int64_t begin = first; begin < last; begin += step)
       kernels.update_gradient(op, b, begin, std::min(last, begin + step), begin > first, d_low, d_a, d_b);
   });
