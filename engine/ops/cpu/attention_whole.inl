@@ -14,7 +14,8 @@ inline void pack_keys(const float* k, int64_t stride, int64_t count, int64_t wid
   }
 }
 
-// Values become panels [count][kPanel] of kPanel of their columns each; in a vector that has columns, those past the last are 0.
+// Values become panels [count][kPanel] of kPanel of their columns each; in a vector that has columns, those past the
+// last are 0.
 inline void pack_values(const float* v, int64_t stride, int64_t count, int64_t width, float* panels) {
   for (int64_t d = 0; d < width; d += kLanes) {
     float* const out = panels + d / kPanel * count * kPanel + d % kPanel;

@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "kernels.h"
+#include "parallel.h"
 
 namespace whet {
 namespace {
@@ -36,14 +37,6 @@ constexpr float kFirstReach = 4.0f;
 
 // Bins by which the edge of a nucleus is looked for.
 constexpr int64_t kBins = 512;
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-template <typename F>
-void in_parallel(int64_t count, F body) {
-  if (count == 1) return body(0);
-  parallel_for([](void* context, int64_t index) { (*static_cast<F*>(context))(index); }, &body, count, true);
-}
 
 // The least score that stays: `sure` of those that do so however sums are rounded, `may` of those that may.
 struct Edge {
@@ -265,7 +258,7 @@ void run(const Choose& op, const Kernels& kernels) {
     const auto [begin, count] = part_of(index);
     kernels.find_largest(op.logits + index / parts * op.width + begin, count, places + index, values + index);
     places[index] += begin;
-  });
+  }, true);
   auto& drawing = drawing_memory;
   drawing.clear();
   for (int64_t row = 0; row < op.rows; ++row) {
@@ -292,13 +285,13 @@ void run(const Choose& op, const Kernels& kernels) {
     const int64_t row = rows[index / parts], at = index / parts * blocks + index % parts * blocks_per_part;
     const auto [begin, size] = part_of(index);
     kernels.weigh(scores_of(row), op.logits + row * op.width + begin, size, largest + at, sums + at);
-  });
+  }, true);
   in_parallel(count, [&](int64_t index) {
     const int64_t row = rows[index], at = index * blocks;
     Row of(op.logits + row * op.width, op.width, scores_of(row), op.params + row * kParams, largest + at, sums + at,
            kernels);
     op.tokens[row] = of.draw();
-  });
+  }, true);
 }
 
 }  // namespace whet

@@ -7,6 +7,7 @@
 
 #include "gemm.h"
 #include "kernels.h"
+#include "parallel.h"
 
 namespace whet {
 namespace {
@@ -22,11 +23,6 @@ constexpr int64_t kApart = 16;
 constexpr size_t kKeptNumbers = 1 << 23;
 
 enum Matrix { kQuery, kKey, kValue, kOutput, kUp, kDown };  // of a layer
-
-template <typename F>
-void in_parallel(int64_t count, F body) {
-  parallel_for([](void* context, int64_t index) { (*static_cast<F*>(context))(index); }, &body, count);
-}
 
 template <typename T>
 void run_one(Kind kind, const T& args, const Kernels& kernels) {

@@ -3,6 +3,7 @@
 #include <vector>
 
 #include "kernels.h"
+#include "parallel.h"
 
 namespace whet {
 namespace {
@@ -19,15 +20,7 @@ constexpr int64_t kBlockNumbers = 1 << 15;
 // Numbers of the sums that one piece adds.
 constexpr int64_t kPieceSums = 1 << 12;
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 int64_t block_tokens(int64_t width) { return std::clamp<int64_t>(kBlockNumbers / width / 8, 1, 8) * 8; }
-
-template <typename F>
-void in_parallel(int64_t count, F body) {
-  if (count == 1) return body(0);
-  parallel_for([](void* context, int64_t index) { (*static_cast<F*>(context))(index); }, &body, count);
-}
 
 // B [O, r] as [r, O], in memory of the calling thread that the next call takes again.
 const float* transposed(const float* b, int64_t outputs, int64_t rank) {

@@ -6,6 +6,7 @@
 
 #include "gemm.h"
 #include "kernels.h"
+#include "parallel.h"
 
 namespace whet {
 namespace {
@@ -29,15 +30,6 @@ constexpr int64_t kSpanNumbers = 512;
 // Rows of x that pass over a panel of W, enough that making it costs little, and numbers of each: together they stay near.
 constexpr int64_t kBlockRows = 288;
 constexpr int64_t kBlockSums = 4096;
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// Runs body(index) for each index in [0, count) on the pool; `in_order` as parallel_for has it.
-template <typename F>
-void in_parallel(int64_t count, F body, bool in_order = false) {
-  if (count == 1) return body(0);
-  parallel_for([](void* context, int64_t index) { (*static_cast<F*>(context))(index); }, &body, count, in_order);
-}
 
 // Runs body(begin, end) over [0, rows), in pieces that cost about kPieceNumbers.
 template <typename F>

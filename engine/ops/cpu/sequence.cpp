@@ -2,17 +2,13 @@
 #include <algorithm>
 
 #include "kernels.h"
+#include "parallel.h"
 
 namespace whet {
 namespace {
 
 // Outputs of a piece of a convolution.
 constexpr int64_t kPieceNumbers = 1 << 17;
-
-template <typename F>
-void in_parallel(int64_t count, F body) {
-  parallel_for([](void* context, int64_t index) { (*static_cast<F*>(context))(index); }, &body, count);
-}
 
 }  // namespace
 
