@@ -14,12 +14,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from engine.errors import ShapeError
 from engine.ops import cpu
 from engine.sampling.base import SamplingSequence, processors
-from engine.sampling.logprobs import token_logprobs
 from engine.sampling.on_device import DeviceSampler, parameters
-from engine.sampling.sampler import SampledTokens, applies, process_rows
+from engine.sampling.sampler import SampledTokens, add_logprobs, applies, check_rows, process_rows
 
 
 class CpuSampler(DeviceSampler):
@@ -33,8 +31,7 @@ class CpuSampler(DeviceSampler):
     @torch.inference_mode()
     def sample(self, logits: Tensor, sequences: Sequence[SamplingSequence]) -> SampledTokens:
         """See Sampler.sample."""
-        if logits.dim() != 2 or logits.shape[0] != len(sequences):
-            raise ShapeError(f"logits are {list(logits.shape)} for {len(sequences)} sequences; accepted: [N, V]")
+        check_rows(logits, sequences)
         if not cpu.takes(logits):
             return self._reference.sample(logits, sequences)
         steps = [
@@ -53,9 +50,6 @@ class CpuSampler(DeviceSampler):
             tokens = [-1 if own < 0 else token for own, token in zip(cpu.choose(raw).tolist(), tokens, strict=True)]
         sampled = self.settle(tokens, sequences, lambda rows: raw[rows])
         if asking := [row for row, s in enumerate(sequences) if s.sampling.logprobs is not None]:
-            num_top = [sequences[row].sampling.logprobs or 0 for row in asking]
             of_asking = raw if len(asking) == len(sequences) else raw[asking]
-            entries = token_logprobs(of_asking, [sampled.token_ids[row] for row in asking], num_top)
-            for row, entry in zip(asking, entries, strict=True):
-                sampled.logprobs[row] = entry
+            add_logprobs(sampled, of_asking, asking, sequences)
         return sampled

@@ -17,12 +17,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from engine.errors import ShapeError
 from engine.ops.transfer import to_device
 from engine.sampling.base import SamplingSequence, is_greedy, processors
 from engine.sampling.processors.top_p import NUCLEUS_TOKENS, nucleus
 from engine.sampling.random import uniform
-from engine.sampling.sampler import SampledTokens, Sampler, draw
+from engine.sampling.sampler import SampledTokens, Sampler, check_rows, draw
 
 HANDLED = ("temperature", "top_k", "top_p", "min_p")
 """The logits processors that are done here."""
@@ -38,8 +37,7 @@ class DeviceSampler:
     @torch.inference_mode()
     def sample(self, logits: Tensor, sequences: Sequence[SamplingSequence]) -> SampledTokens:
         """See Sampler.sample."""
-        if logits.dim() != 2 or logits.shape[0] != len(sequences):
-            raise ShapeError(f"logits are {list(logits.shape)} for {len(sequences)} sequences; accepted: [N, V]")
+        check_rows(logits, sequences)
         if not self.takes(sequences):
             return self._reference.sample(logits, sequences)
         tokens = choose(logits, *parameters(sequences, logits.device))

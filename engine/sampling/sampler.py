@@ -61,8 +61,7 @@ class Sampler:
         Raises:
             ShapeError: there are not as many rows as sequences.
         """
-        if logits.dim() != 2 or logits.shape[0] != len(sequences):
-            raise ShapeError(f"logits are {list(logits.shape)} for {len(sequences)} sequences; accepted: [N, V]")
+        check_rows(logits, sequences)
         asking = [row for row, s in enumerate(sequences) if s.sampling.logprobs is not None]
         random = [row for row, s in enumerate(sequences) if not is_greedy(s.sampling)]
         steps = [
@@ -93,11 +92,29 @@ class Sampler:
                 if not (model_fine and fine):
                     sampled.errors[row] = _error(model_fine, sequences[row])
         if raw is not None:
-            num_top = [sequences[row].sampling.logprobs or 0 for row in asking]
-            entries = token_logprobs(raw, [token_ids[row] for row in asking], num_top)
-            for row, entry in zip(asking, entries, strict=True):
-                sampled.logprobs[row] = entry
+            add_logprobs(sampled, raw, asking, sequences)
         return sampled
+
+
+def check_rows(logits: Tensor, sequences: Sequence[SamplingSequence]) -> None:
+    """Raises:
+    ShapeError: logits are not [N, V] for N sequences.
+    """
+    if logits.dim() != 2 or logits.shape[0] != len(sequences):
+        raise ShapeError(f"logits are {list(logits.shape)} for {len(sequences)} sequences; accepted: [N, V]")
+
+
+def add_logprobs(sampled: SampledTokens, raw: Tensor, asking: list[int], sequences: Sequence[SamplingSequence]) -> None:
+    """Enters the log-probabilities of the sampled tokens.
+
+    Args:
+        raw: [n, V], the model's own logits of the rows that ask.
+        asking: [n], those rows.
+    """
+    num_top = [sequences[row].sampling.logprobs or 0 for row in asking]
+    entries = token_logprobs(raw, [sampled.token_ids[row] for row in asking], num_top)
+    for row, entry in zip(asking, entries, strict=True):
+        sampled.logprobs[row] = entry
 
 
 def likeliest(logits: Tensor) -> tuple[Tensor, Tensor]:
